@@ -1,0 +1,1 @@
+"""The dm-thin metadata format and its algorithms."""
