@@ -1,0 +1,242 @@
+"""The engine under the names: one metadata, one data file, the open devices, and the transaction between them.
+
+Locks, always taken in this order, so that no two threads can wait for each other:
+
+1. `transaction`: one changer of the metadata at a time; a commit holds it from beginning to end.
+2. a session's own lock, held while that connection applies a batch of reads and writes. A session holding it
+   never asks for `transaction`; a snapshot holds `transaction` and takes the locks of all of a device's sessions.
+3. a device's `lock`: its block map and its list of mappings not yet in the tree.
+4. `tree`: the metadata in memory, held briefly. While the blocks of a commit are being written only
+   `transaction` is held, so look-ups go on.
+
+Why a commit is safe at any instant of a power cut: the lists of new mappings are taken first, then the data file
+is flushed, then the tree's blocks are written and flushed, then the superblock, then that is flushed. A new
+mapping is put on its list only after what it must show (the copy of the old block, or the zeros of a fresh one)
+was written, so whatever the superblock can reach was durable before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metadata import CommitReport, MetadataError, PoolMetadata
+
+from .committer import Committer
+from .data_file import DataFile
+from .device import ThinDevice
+from .errors import PoolPoisoned, PoolReadOnly
+from .free_map import FreeMap, anonymous_memory
+from .reclaim import UNPINNED, Reclaimer
+
+COUNTS_PIECE = 1 << 14
+ZERO_VIEW_BYTES = 64 << 20
+# A mapping in a place of its own shadows a leaf and its path and touches a bitmap of each space map.
+METADATA_BLOCKS_PER_MAPPING = 4
+METADATA_RESERVE_BLOCKS = 64
+READ_ONLY_REASON = "it was opened read-only, or needs a check first"
+
+Log = Callable[[str], None]
+
+
+class Engine:
+    """A pool without names. Device ids and bytes in, bytes out."""
+
+    def __init__(self, metadata: PoolMetadata, data: DataFile, *, writable: bool, log: Log) -> None:
+        self.metadata = metadata
+        self.data = data
+        self.writable = writable
+        self.block_bytes = data.block_bytes
+        self.time = metadata.time
+        # Replies for unmapped ranges are slices of this: reading it maps the kernel's zero page.
+        self.zeros = memoryview(anonymous_memory(ZERO_VIEW_BYTES))
+        self.transaction = threading.RLock()
+        self.tree = threading.RLock()
+        self.devices: dict[int, ThinDevice] = {}
+        self.failure: Exception | None = None
+        self.free = FreeMap(metadata.unavailable_data(), self._scrub)
+        self.reclaimer = Reclaimer(data, self.free, log)
+        self.committer = Committer(self.commit_if_dirty, self.reclaim)
+        self._log = log
+        self._mappable = self._budget()
+
+    # --- opening and closing ---
+
+    def open_device(self, device_id: int, size_bytes: int, *, read_only: bool) -> ThinDevice:
+        """The one object of a device; every session on it shares it."""
+        with self.transaction:
+            device = self.devices.get(device_id)
+            if device is None:
+                device = ThinDevice(self, device_id, size_bytes, read_only=read_only)
+                self.devices[device_id] = device
+            return device
+
+    def close(self) -> None:
+        """Commit and let go. The caller has ended the sessions."""
+        self.committer.stop()
+        try:
+            if self.writable and self.failure is None:
+                with self.transaction:
+                    self.commit()
+                self.reclaim()
+        finally:
+            self.data.close()
+            self.metadata.close()
+
+    # --- the transaction ---
+
+    def require_writable(self) -> None:
+        """Raise PoolReadOnly or PoolPoisoned where nothing may change."""
+        if self.failure is not None:
+            raise PoolPoisoned(str(self.failure))
+        if not self.writable:
+            raise PoolReadOnly(READ_ONLY_REASON)
+
+    def collect(self) -> None:
+        """Put the new mappings of all open devices into the tree. `transaction` is held."""
+        for device in self.devices.values():
+            device.apply_pending()
+
+    def commit_if_dirty(self) -> None:
+        """What a FLUSH asks for: everything replied to so far becomes durable."""
+        with self.transaction:
+            if self.failure is not None:
+                raise PoolPoisoned(str(self.failure))
+            if self.writable:
+                self.commit()
+
+    def commit(self) -> CommitReport | None:
+        """Commit the transaction in the contract's order; `transaction` is held.
+
+        None when only data had to be flushed. Any failure poisons the pool: the state on disk is the last
+        committed one, and a flush that failed once is never asked again as though it had not.
+        """
+        try:
+            return self._commit()
+        except Exception as error:
+            self.poison(error)
+            raise
+
+    def _commit(self) -> CommitReport | None:
+        # Taken before the lists of mappings: a block handed out in between is looked at by the next commit.
+        fresh = self.free.take_fresh()
+        self.collect()
+        self.data.flush()
+        report = None
+        if self.metadata.dirty:
+            with self.tree:
+                prepared = self.metadata.prepare_commit()
+            self.metadata.write_commit(prepared)
+            with self.tree:
+                report = self.metadata.finish_commit(prepared)
+        orphans = self._unreferenced(fresh)
+        freed = orphans if report is None else np.union1d(report.freed_data, orphans)
+        self.reclaimer.add(freed)
+        with self.tree:
+            self._mappable = self._budget()
+        return report
+
+    def _unreferenced(self, blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Of blocks handed out since the last commit, those no mapping came to use (or kept)."""
+        unused: list[NDArray[np.uint64]] = []
+        with self.tree:
+            for piece in np.unique(blocks // np.uint64(COUNTS_PIECE)).tolist():
+                first = piece * COUNTS_PIECE
+                count = min(COUNTS_PIECE, self.metadata.data_blocks - first)
+                counts = self.metadata.data_counts(first, count)
+                inside = blocks[(blocks >= first) & (blocks < first + count)]
+                unused.append(inside[counts[inside - np.uint64(first)] == 0])
+        return np.concatenate(unused) if unused else blocks
+
+    def poison(self, error: Exception) -> None:
+        """After a failed commit: nothing changes any more, and the next opener is told (`needs_check`)."""
+        if self.failure is not None:
+            return
+        self.failure = error
+        self._log(f"the pool is read-only from now on, a commit failed: {error}")
+        try:
+            with self.tree:
+                self.metadata.abort()
+                self.metadata.set_needs_check(True)
+                self.metadata.commit()
+        except (OSError, MetadataError) as second:
+            self._log(f"needs_check could not be recorded: {second}")
+
+    # --- space ---
+
+    def oldest_pin(self) -> int:
+        """The smallest epoch any session has pinned."""
+        pins = [session.pinned for device in list(self.devices.values()) for session in list(device.sessions)]
+        return min(pins, default=UNPINNED)
+
+    def reclaim(self) -> int:
+        """Hand back freed blocks that no reader can see any more."""
+        return self.reclaimer.run(self.oldest_pin)
+
+    def take_block(self) -> int:
+        """A free data block that reads as zeros (or, where the file cannot punch, anything).
+
+        Raises OSError: ENOSPC when there is none or when the metadata has no room to map it, EIO when poisoned.
+        """
+        if self.failure is not None:
+            raise OSError(errno.EIO, "the pool is read-only after a failed commit")
+        if self._mappable <= 0:
+            raise OSError(errno.ENOSPC, "the metadata has no room for another mapping")
+        block = self.free.allocate()
+        if block < 0:
+            raise OSError(errno.ENOSPC, "no data block is free")
+        self._mappable -= 1
+        return block
+
+    def _budget(self) -> int:
+        """How many mappings may be made before the next commit, so that it cannot run out of metadata."""
+        return (
+            max(0, self.metadata.metadata_blocks_free - METADATA_RESERVE_BLOCKS)
+            // METADATA_BLOCKS_PER_MAPPING
+        )
+
+    @property
+    def can_map(self) -> bool:
+        """Whether the metadata has room for more mappings."""
+        return self._mappable > 0
+
+    def make_space(self) -> bool:
+        """Commit what frees blocks and hand them back; whether there is a free block now.
+
+        Called with no session lock held and nothing pinned by the caller.
+        """
+        if self.free.free_blocks and self._mappable > 0:
+            return True
+        self.commit_if_dirty()
+        self.reclaim()
+        return self.free.free_blocks > 0 and self._mappable > 0
+
+    def _scrub(self, first: int, count: int) -> None:
+        offset, length = first * self.block_bytes, count * self.block_bytes
+        if self.data.has_data(offset, length):
+            self.data.punch(offset, length)
+
+    # --- growing ---
+
+    def grow_data(self, blocks: int) -> None:
+        """Add data blocks; sessions see the larger map before the first new block is handed out."""
+        with self.transaction:
+            self.require_writable()
+            self.data.grow(blocks)
+            with self.tree:
+                self.metadata.grow_data(blocks)
+            self.commit()
+            for device in list(self.devices.values()):
+                with device.quiet():
+                    device.rebind()
+            self.free.grow(blocks)
+
+    def forget(self, device_id: int) -> None:
+        """Drop the object of a device that is gone, and let the others look again who shares with whom."""
+        self.devices.pop(device_id, None)
+        for device in self.devices.values():
+            device.sharing_changed()

@@ -1,0 +1,207 @@
+"""Making a pool, and opening one: locks, checks of both files, names reconciled with the metadata.
+
+The checks are ordered so that nothing is changed before everything was found to fit, and opening costs the same
+however many mappings there are: no full check is needed after a crash, because the committed state is intact.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from metadata import FileStore, MetadataError, NotPoolMetadata, PoolMetadata, format_pool
+
+from .catalog import Catalog, CatalogEntry, Drop, Put
+from .data_file import DataFile
+from .engine import Engine
+from .errors import BadSize, NotAPool, PoolDamaged, PoolExists, PoolNotFound
+from .pool import METADATA_BLOCK_BYTES, Pool
+from .pool_location import PoolLocation
+from .pool_lock import PoolLock
+
+SECTOR_BYTES = 512
+BLOCK_BYTES_STEP = 64 << 10  # dm-thin: data blocks are 64 KiB to 1 GiB, in steps of 64 KiB
+BLOCK_BYTES_MAX = 1 << 30
+METADATA_BLOCKS_MIN = 512
+METADATA_BLOCKS_MAX = 255 * 16320  # drivers/md/dm-thin-metadata.h, THIN_METADATA_MAX_SECTORS
+# A device found without a name is as long as its last mapping says, rounded to LVM's usual extent.
+UNNAMED_SIZE_STEP_BYTES = 4 << 20
+
+log = logging.getLogger("thinpool")
+
+
+def default_metadata_bytes(data_blocks: int) -> int:
+    """Room for every block mapped in some five diverged devices, at LVM's 64 bytes a data block; sparse anyway."""
+    blocks = max(data_blocks * 64 // METADATA_BLOCK_BYTES, 4096)
+    return min(blocks, METADATA_BLOCKS_MAX) * METADATA_BLOCK_BYTES
+
+
+def create_pool(
+    directory: Path,
+    *,
+    size_bytes: int,
+    block_bytes: int = BLOCK_BYTES_STEP,
+    metadata_bytes: int | None = None,
+) -> None:
+    """Make a pool directory, complete or not at all. Sizes are rounded up to whole blocks.
+
+    Raises BadSize, PoolExists, OSError.
+    """
+    if not BLOCK_BYTES_STEP <= block_bytes <= BLOCK_BYTES_MAX or block_bytes % BLOCK_BYTES_STEP:
+        raise BadSize(str(block_bytes), "a data block is 64 KiB to 1 GiB, in multiples of 64 KiB")
+    if size_bytes <= 0:
+        raise BadSize(str(size_bytes), "a pool has at least one data block")
+    data_blocks = -(-size_bytes // block_bytes)
+    if metadata_bytes is None:
+        metadata_bytes = default_metadata_bytes(data_blocks)
+    metadata_blocks = metadata_bytes // METADATA_BLOCK_BYTES
+    if not METADATA_BLOCKS_MIN <= metadata_blocks <= METADATA_BLOCKS_MAX:
+        raise BadSize(str(metadata_bytes), "metadata is 2 MiB to 15.875 GiB")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PoolExists(str(directory))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and moved there in one step: a kill leaves no half-made pool under the name.
+    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        _write_files(building, data_blocks * block_bytes, metadata_blocks, block_bytes)
+        building.rename(directory)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    _sync_directory(directory.parent)
+
+
+def _write_files(building: Path, data_bytes: int, metadata_blocks: int, block_bytes: int) -> None:
+    location = PoolLocation.directory(building)
+    for path, length in (
+        (location.metadata_path, metadata_blocks * METADATA_BLOCK_BYTES),
+        (location.data_path, data_bytes),
+    ):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, length)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    store = FileStore(location.metadata_path, writable=True)
+    try:
+        format_pool(
+            store, data_block_sectors=block_bytes // SECTOR_BYTES, data_blocks=data_bytes // block_bytes
+        )
+    finally:
+        store.close()
+    assert location.catalog_path is not None
+    Catalog.create(location.catalog_path).close()
+    _sync_directory(building)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_pool(location: PoolLocation, *, read_only: bool = False) -> Pool:
+    """Open a pool for this process alone (shared with other readers when `read_only`).
+
+    A pool that is marked `needs_check` opens read-only. Raises PoolNotFound, PoolBusy, NotAPool, PoolDamaged,
+    DataFileMissing, DataFileTooShort, CatalogDamaged.
+    """
+    if not location.metadata_path.exists():
+        raise PoolNotFound(str(location))
+    lock = PoolLock.acquire(location, shared=read_only)
+    try:
+        return _open_locked(location, lock, read_only)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Pool:
+    metadata = _open_metadata(location, read_only)
+    try:
+        writable = not read_only and not metadata.needs_check
+        data = DataFile(
+            location.data_path,
+            block_bytes=metadata.data_block_sectors * SECTOR_BYTES,
+            blocks=metadata.data_blocks,
+            writable=writable,
+        )
+    except BaseException:
+        metadata.close()
+        raise
+    try:
+        catalog = _open_catalog(location)
+        try:
+            if writable:
+                catalog.recover(metadata.transaction_id)
+            _reconcile(catalog, metadata, data.block_bytes)
+            engine = Engine(metadata, data, writable=writable, log=log.error)
+        except BaseException:
+            catalog.close()
+            raise
+    except BaseException:
+        data.close()
+        metadata.close()
+        raise
+    return Pool(location, engine, catalog, [lock])
+
+
+def _open_metadata(location: PoolLocation, read_only: bool) -> PoolMetadata:
+    path = location.metadata_path
+    if not path.is_file() and not path.is_block_device():
+        raise NotAPool(str(location), "its metadata is not a file")
+    store = FileStore(path, writable=not read_only)
+    try:
+        return PoolMetadata.open(store, writable=not read_only)
+    except NotPoolMetadata as error:
+        store.close()
+        raise NotAPool(str(path), str(error)) from error
+    except MetadataError as error:
+        store.close()
+        raise PoolDamaged(str(path), str(error)) from error
+    except BaseException:
+        store.close()
+        raise
+
+
+def _open_catalog(location: PoolLocation) -> Catalog:
+    if location.catalog_path is None:
+        return Catalog.create(":memory:")
+    if not location.catalog_path.exists():
+        log.warning("%s has no catalogue; devices are named after their ids", location)
+        return Catalog.create(location.catalog_path)
+    return Catalog.open(location.catalog_path)
+
+
+def _reconcile(catalog: Catalog, metadata: PoolMetadata, block_bytes: int) -> None:
+    """Names follow the metadata: the kernel may have made or deleted devices meanwhile."""
+    present = {record.device_id for record in metadata.devices()}
+    known = {entry.device_id: entry for entry in catalog.entries()}
+    names = {entry.name for entry in known.values()}
+    changes: list[Put | Drop] = []
+    for device_id, entry in known.items():
+        if device_id not in present:
+            log.warning(
+                "device %r (id %d) is not in the metadata any more; its name is dropped",
+                entry.name,
+                device_id,
+            )
+            changes.append(Drop(device_id))
+    for device_id in sorted(present - known.keys()):
+        plain = f"thin-{device_id}"
+        candidates = itertools.chain([plain], (f"{plain}.{number}" for number in itertools.count(2)))
+        name = next(candidate for candidate in candidates if candidate not in names)
+        names.add(name)
+        size_bytes = -(-(metadata.highest_mapped(device_id) + 1) * block_bytes // UNNAMED_SIZE_STEP_BYTES)
+        size_bytes = max(size_bytes, 1) * UNNAMED_SIZE_STEP_BYTES
+        changes.append(Put(CatalogEntry(device_id, name, size_bytes, False, None, time.time(), {})))
+    if changes:
+        catalog.apply(changes)

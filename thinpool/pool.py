@@ -1,0 +1,390 @@
+"""A pool: an engine plus the names of its devices, and everything that changes both at once.
+
+Names and device ids live in two stores. A change of both is one step all the same, through the transaction id
+that dm-thin keeps for its users: the intended catalogue rows are made durable first, stamped N+1; then the
+metadata is committed with transaction id N+1; then the rows are promoted. A kill between any two of these leaves
+either the old state (rows stamped with an id the superblock does not have are dropped on opening) or the new one
+(rows stamped with exactly that id are promoted). There is never a name without a device, a device without a
+name, or a new device that shows an old one's data.
+
+A pool opened from two bare paths (LVM's) has no catalogue of its own and its transaction id is left alone: LVM
+refuses a pool whose id moved.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from metadata import PoolMetadata
+
+from .catalog import Catalog, CatalogEntry, Drop, Put
+from .device import ThinDevice
+from .engine import Engine
+from .errors import BadSize, DeviceExists, DeviceInUse, NoSuchDevice
+from .names import check_name
+from .pool_location import PoolLocation
+from .session import Session
+from .status import DeviceInfo, PoolStatus
+
+DEVICE_ID_MAX = (1 << 24) - 1
+# The block map of a device is address space; this is what every 64-bit Linux gives.
+DEVICE_BYTES_MAX = 1 << 54
+METADATA_BLOCK_BYTES = 4096
+
+
+class Pool:
+    """An open pool. Thread-safe: every change runs under the engine's transaction lock.
+
+    Made by `thinpool.opening.open_pool`. Errors are `ThinPoolError` leaves, and `MetadataError` where the
+    metadata is damaged or full.
+    """
+
+    def __init__(self, location: PoolLocation, engine: Engine, catalog: Catalog, held: list[object]) -> None:
+        self.location = location
+        self.engine = engine
+        self.catalog = catalog
+        self.block_bytes = engine.block_bytes
+        self._held = held  # locks, released by closing
+        self._closed = False
+
+    @property
+    def writable(self) -> bool:
+        """Whether anything may change."""
+        return self.engine.writable and self.engine.failure is None
+
+    @property
+    def _metadata(self) -> PoolMetadata:
+        return self.engine.metadata
+
+    # --- changing names and metadata together ---
+
+    @contextmanager
+    def _step(self, changes: Sequence[Put | Drop]) -> Iterator[None]:
+        """One atomic change of catalogue and metadata; the body changes the metadata in memory."""
+        with self.engine.transaction:
+            self.engine.require_writable()
+            own_id = self.location.has_catalog
+            number = self._metadata.transaction_id + (1 if own_id else 0)
+            self.catalog.stage(number, changes)
+            try:
+                yield
+            except BaseException:
+                self.catalog.discard_staged()
+                raise
+            if own_id:
+                with self.engine.tree:
+                    self._metadata.set_transaction_id(number)
+            self.engine.commit()
+            try:
+                self.catalog.promote(number)
+            except Exception as error:
+                # The step is done and durable; only this process no longer knows the names.
+                self.engine.failure = error
+                raise
+
+    def _entry(self, name: str) -> CatalogEntry:
+        entry = self.catalog.by_name(name)
+        if entry is None:
+            raise NoSuchDevice(name, str(self.location))
+        return entry
+
+    def _new_name(self, name: str) -> None:
+        check_name(name)
+        if self.catalog.by_name(name) is not None:
+            raise DeviceExists(name)
+
+    def _new_id(self) -> int:
+        """An unused device id: one more than the highest, or the first gap when those have run out."""
+        taken = {record.device_id for record in self._metadata.devices()}
+        candidate = max(taken, default=0) + 1
+        if candidate <= DEVICE_ID_MAX:
+            return candidate
+        return next(number for number in range(1, DEVICE_ID_MAX + 1) if number not in taken)
+
+    def _require_idle(self, entry: CatalogEntry) -> None:
+        device = self.engine.devices.get(entry.device_id)
+        if device is not None and device.sessions:
+            raise DeviceInUse(entry.name, len(device.sessions))
+
+    # --- devices ---
+
+    def create_device(self, name: str, size_bytes: int) -> DeviceInfo:
+        """Create an empty device. Raises BadName, BadSize, DeviceExists, MetadataFull."""
+        _check_device_size(size_bytes)
+        with self.engine.transaction:
+            self._new_name(name)
+            entry = CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {})
+            with self._step([Put(entry)]), self.engine.tree:
+                self._metadata.create_device(entry.device_id)
+            return self.info(name)
+
+    def create_snapshot(self, origin: str, name: str, *, read_only: bool = False) -> DeviceInfo:
+        """Snapshot a device, in use or not. What was acknowledged before is in it; it never changes by itself."""
+        with self.engine.transaction:
+            source = self._entry(origin)
+            self._new_name(name)
+            entry = CatalogEntry(self._new_id(), name, source.size_bytes, read_only, origin, time.time(), {})
+            with self._step([Put(entry)]):
+                self._device(source).take_point_in_time(entry.device_id)
+            return self.info(name)
+
+    def delete(self, name: str) -> None:
+        """Delete a device or snapshot; blocks nobody else uses come back. Raises DeviceInUse."""
+        with self.engine.transaction:
+            entry = self._entry(name)
+            self._require_idle(entry)
+            with self._step([Drop(entry.device_id), *self._reparented(name, None)]):
+                self._delete_tree(entry)
+            self.engine.forget(entry.device_id)
+            self.engine.reclaim()
+
+    def _delete_tree(self, entry: CatalogEntry) -> None:
+        device = self.engine.devices.get(entry.device_id)
+        if device is not None:
+            device.apply_pending()  # nothing of it may be left for the commit to insert
+        with self.engine.tree:
+            self._metadata.delete_device(entry.device_id)
+
+    def rename(self, old: str, new: str) -> DeviceInfo:
+        """Rename a device; clients that have it open keep it."""
+        with self.engine.transaction:
+            self.engine.require_writable()
+            entry = self._entry(old)
+            self._new_name(new)
+            self.catalog.apply([Put(replace(entry, name=new)), *self._reparented(old, new)])
+            return self.info(new)
+
+    def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> DeviceInfo:
+        """Change a device's size. Clients see a larger size when they connect again.
+
+        Shrinking drops what lies beyond the new end and must be asked for. Raises BadSize, DeviceInUse.
+        """
+        _check_device_size(size_bytes)
+        with self.engine.transaction:
+            self.engine.require_writable()
+            entry = self._entry(name)
+            device = self.engine.devices.get(entry.device_id)
+            if size_bytes < entry.size_bytes:
+                if not shrink:
+                    raise BadSize(
+                        str(size_bytes),
+                        f"is less than the present {entry.size_bytes} bytes; shrinking needs --shrink",
+                    )
+                self._require_idle(entry)
+                self._cut(entry, size_bytes)
+            elif device is not None and device.sessions and not device.extend(size_bytes):
+                raise DeviceInUse(name, len(device.sessions))
+            else:
+                self.catalog.apply([Put(replace(entry, size_bytes=size_bytes))])
+            if device is not None and not device.sessions:
+                device.apply_pending()
+                self.engine.devices.pop(entry.device_id, None)
+            return self.info(name)
+
+    def _cut(self, entry: CatalogEntry, size_bytes: int) -> None:
+        # A later growth must show zeros where the old content was, also inside the last block.
+        end = -(-size_bytes // self.block_bytes)
+        tail = min(end * self.block_bytes, entry.size_bytes) - size_bytes
+        if tail:
+            session = self._device(entry).open()
+            try:
+                session.zero(size_bytes, tail, keep_allocated=False, fast_only=False)
+            finally:
+                session.close()
+        with self._step([Put(replace(entry, size_bytes=size_bytes))]):
+            self._device(entry).unmap(end, max(end, -(-entry.size_bytes // self.block_bytes)))
+
+    def rollback(self, name: str, snapshot: str, *, keep: str | bool | None = None) -> DeviceInfo:
+        """Give `name` the content of `snapshot`, in one step; the snapshot stays.
+
+        The prior state is kept as a snapshot called `keep`, or by a name made from the device's when None;
+        False throws it away. Raises DeviceInUse while clients have the device open.
+        """
+        with self.engine.transaction:
+            entry, source = self._entry(name), self._entry(snapshot)
+            if entry.device_id == source.device_id:
+                raise DeviceExists(name)
+            self._require_idle(entry)
+            fresh = CatalogEntry(
+                self._new_id(), name, source.size_bytes, entry.read_only, snapshot, entry.created, entry.tags
+            )
+            changes: list[Put | Drop] = []
+            if keep is False:
+                changes = [Drop(entry.device_id), *self._reparented(name, name)]
+            else:
+                kept = keep if isinstance(keep, str) else self._kept_name(name)
+                self._new_name(kept)
+                changes = [Put(replace(entry, name=kept, read_only=True))]
+            with self._step([*changes, Put(fresh)]):
+                self._device(source).take_point_in_time(fresh.device_id)
+                if keep is False:
+                    self._delete_tree(entry)
+            self.engine.forget(entry.device_id)
+            self.engine.reclaim()
+            return self.info(name)
+
+    def _kept_name(self, name: str) -> str:
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        base = f"{name.encode()[:200].decode(errors='ignore')}-before-rollback-{stamp}"
+        candidates = (base, *(f"{base}-{number}" for number in range(2, 10_000)))
+        return next(candidate for candidate in candidates if self.catalog.by_name(candidate) is None)
+
+    def _reparented(self, origin: str, new_origin: str | None) -> list[Put | Drop]:
+        entries = self.catalog.entries()
+        return [Put(replace(entry, origin=new_origin)) for entry in entries if entry.origin == origin]
+
+    # --- the pool itself ---
+
+    def grow(self, size_bytes: int | None = None, metadata_bytes: int | None = None) -> PoolStatus:
+        """Grow data or metadata or both, while in use. Raises BadSize for what is not larger."""
+        with self.engine.transaction:
+            self.engine.require_writable()
+            if metadata_bytes is not None:
+                self._grow_metadata(metadata_bytes)
+            if size_bytes is not None:
+                blocks = -(-size_bytes // self.block_bytes)
+                if blocks <= self._metadata.data_blocks:
+                    present = self._metadata.data_blocks * self.block_bytes
+                    raise BadSize(
+                        str(size_bytes), f"is not more than the present {present} bytes; pools only grow"
+                    )
+                self.engine.grow_data(blocks)
+            return self.status()
+
+    def _grow_metadata(self, metadata_bytes: int) -> None:
+        blocks = metadata_bytes // METADATA_BLOCK_BYTES
+        if blocks <= self._metadata.metadata_blocks:
+            present = self._metadata.metadata_blocks * METADATA_BLOCK_BYTES
+            raise BadSize(str(metadata_bytes), f"is not more than the present {present} bytes of metadata")
+        path = self.location.metadata_path
+        if stat.S_ISREG(path.stat().st_mode):
+            os.truncate(path, blocks * METADATA_BLOCK_BYTES)
+        with self.engine.tree:
+            self._metadata.grow_metadata()
+        self.engine.commit()
+
+    def commit(self) -> None:
+        """Make everything durable now."""
+        self.engine.commit_if_dirty()
+
+    def close(self) -> None:
+        """Commit, close, let the lock go. The caller has ended the sessions."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.engine.close()
+        finally:
+            self.catalog.close()
+            for held in self._held:
+                close = getattr(held, "close", None)
+                if close is not None:
+                    close()
+
+    # --- looking ---
+
+    def _device(self, entry: CatalogEntry) -> ThinDevice:
+        return self.engine.open_device(entry.device_id, entry.size_bytes, read_only=entry.read_only)
+
+    def open_session(self, entry: CatalogEntry) -> Session:
+        """A session on a device, if it is still what `entry` says. Raises NoSuchDevice."""
+        with self.engine.transaction:
+            present = self.catalog.by_name(entry.name)
+            if self._closed or present is None or present.device_id != entry.device_id:
+                raise NoSuchDevice(entry.name, str(self.location))
+            device = self._device(present)
+            device.contexts = self.relatives(present)
+            return device.open()
+
+    def relatives(self, entry: CatalogEntry) -> dict[str, int]:
+        """Snapshots a device can be compared with, newest first: name -> device id.
+
+        Its snapshots, what it was made from, and the snapshots of that.
+        """
+        others = [other for other in self.catalog.entries() if other.device_id != entry.device_id]
+        names = {entry.name, entry.origin}
+        kin = [
+            other
+            for other in others
+            if other.name == entry.origin or (other.origin in names and other.origin)
+        ]
+        return {other.name: other.device_id for other in sorted(kin, key=lambda other: -other.device_id)}
+
+    def info(self, name: str) -> DeviceInfo:
+        """One device as data."""
+        with self.engine.transaction:
+            return self._describe(self._entry(name))
+
+    def devices(self) -> list[DeviceInfo]:
+        """All devices, by name."""
+        with self.engine.transaction:
+            return [self._describe(entry) for entry in sorted(self.catalog.entries(), key=lambda e: e.name)]
+
+    def _describe(self, entry: CatalogEntry) -> DeviceInfo:
+        device = self.engine.devices.get(entry.device_id)
+        if device is not None and self.writable:
+            device.apply_pending()
+        with self.engine.tree:
+            usage = self._metadata.usage(entry.device_id)
+        created = datetime.datetime.fromtimestamp(entry.created, datetime.UTC)
+        return DeviceInfo(
+            name=entry.name,
+            device_id=entry.device_id,
+            size_bytes=entry.size_bytes,
+            mapped_bytes=usage.mapped_blocks * self.block_bytes,
+            exclusive_bytes=usage.exclusive_blocks * self.block_bytes,
+            shared_bytes=(usage.mapped_blocks - usage.exclusive_blocks) * self.block_bytes,
+            origin=entry.origin,
+            created=created.isoformat(timespec="seconds"),
+            read_only=entry.read_only,
+            open_count=len(device.sessions) if device is not None else 0,
+        )
+
+    def status(self) -> PoolStatus:
+        """The pool as data."""
+        with self.engine.transaction:
+            engine, metadata = self.engine, self._metadata
+            if self.writable:
+                engine.collect()
+            entries = self.catalog.entries()
+            used = metadata.data_blocks_allocated
+            return PoolStatus(
+                location=str(self.location),
+                mode=self._mode(),
+                needs_check=metadata.needs_check,
+                block_bytes=self.block_bytes,
+                data_bytes=metadata.data_blocks * self.block_bytes,
+                data_used_bytes=used * self.block_bytes,
+                data_free_bytes=(metadata.data_blocks - used) * self.block_bytes,
+                data_reclaiming_bytes=engine.reclaimer.waiting_blocks * self.block_bytes,
+                file_bytes=engine.data.allocated_bytes(),
+                metadata_bytes=metadata.metadata_blocks * METADATA_BLOCK_BYTES,
+                metadata_used_bytes=metadata.metadata_blocks_allocated * METADATA_BLOCK_BYTES,
+                metadata_free_bytes=metadata.metadata_blocks_free * METADATA_BLOCK_BYTES,
+                transaction_id=metadata.transaction_id,
+                time=metadata.time,
+                held_root=metadata.held_root,
+                devices=len(entries),
+                virtual_bytes=sum(entry.size_bytes for entry in entries),
+                failure=None if engine.failure is None else str(engine.failure),
+            )
+
+    def _mode(self) -> str:
+        if self.engine.failure is not None or not self.engine.writable:
+            return "read_only"
+        if self._metadata.data_blocks_allocated >= self._metadata.data_blocks:
+            return "out_of_data_space"
+        return "rw" if self.engine.can_map else "out_of_metadata_space"
+
+
+def _check_device_size(size_bytes: int) -> None:
+    if size_bytes <= 0:
+        raise BadSize(str(size_bytes), "a device has at least one byte")
+    if size_bytes > DEVICE_BYTES_MAX:
+        raise BadSize(str(size_bytes), f"devices go up to {DEVICE_BYTES_MAX} bytes (16 PiB)")

@@ -1,0 +1,58 @@
+"""What a pool and its devices look like from outside, as plain data with a JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One thin device. `mapped = exclusive + shared`; deleting it frees `exclusive_bytes`."""
+
+    name: str
+    device_id: int
+    size_bytes: int
+    mapped_bytes: int
+    exclusive_bytes: int
+    shared_bytes: int
+    origin: str | None
+    created: str  # ISO 8601, UTC
+    read_only: bool
+    open_count: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat JSON object, sizes as integers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """One pool. `*_free_bytes` can be allocated now or after the next commit.
+
+    `mode` is one of rw, out_of_data_space, out_of_metadata_space, read_only, fail (dm-thin's modes).
+    `file_bytes` is what the file system holds for the data file.
+    """
+
+    location: str
+    mode: str
+    needs_check: bool
+    block_bytes: int
+    data_bytes: int
+    data_used_bytes: int
+    data_free_bytes: int
+    data_reclaiming_bytes: int
+    file_bytes: int
+    metadata_bytes: int
+    metadata_used_bytes: int
+    metadata_free_bytes: int
+    transaction_id: int
+    time: int
+    held_root: int
+    devices: int
+    virtual_bytes: int
+    failure: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat JSON object, sizes as integers."""
+        return asdict(self)
