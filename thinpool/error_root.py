@@ -61,8 +61,8 @@ def leaf(exit_code: ExitCode) -> Callable[[Leaf], Leaf]:
     def register(cls: Leaf) -> Leaf:
         cls.exit_code = exit_code
         # Compared and hashed by identity, as exceptions are.
-        made = dataclass(eq=False)(cls)
-        LEAVES[made.__name__] = made
-        return made
+        dataclass(eq=False)(cls)
+        LEAVES[cls.__name__] = cls
+        return cls
 
     return register
