@@ -181,6 +181,17 @@ class CatalogDamaged(ThinPoolError):
         )
 
 
+@leaf(ExitCode.FAILURE)
+class CatalogFailed(ThinPoolError):
+    """The catalogue could not be read or written, and is not damaged by that."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the catalogue {shown_path(self.path)} cannot be used: {escaped(self.reason)}"
+
+
 @leaf(ExitCode.DAMAGED)
 class DataFileMissing(ThinPoolError):
     """Metadata without its data."""

@@ -1,0 +1,90 @@
+"""Rows of the catalogue: what is kept of a device, and how it becomes columns.
+
+In: the entry, the two kinds of change, their columns in SQLite. Out: the database (`catalog.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+COLUMNS = "device_id, name, size_bytes, read_only, origin, created, tags"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One device as the catalogue knows it. `origin` is a name; whoever renames puts the dependants anew as well."""
+
+    device_id: int
+    name: str
+    size_bytes: int
+    read_only: bool
+    origin: str | None
+    created: float  # seconds since the epoch; for people only, nothing is ordered by it
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Insert a device's row, or replace it."""
+
+    entry: CatalogEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Remove a device's row, if there is one."""
+
+    device_id: int
+
+
+Change = Put | Drop
+
+
+def device_id_of(change: Change) -> int:
+    """Return the device a change is about."""
+    return change.entry.device_id if isinstance(change, Put) else change.device_id
+
+
+def row_of(entry: CatalogEntry) -> tuple[object, ...]:
+    """Return the columns of a device row."""
+    return (
+        entry.device_id,
+        entry.name,
+        entry.size_bytes,
+        int(entry.read_only),
+        entry.origin,
+        float(entry.created),
+        json.dumps(entry.tags, sort_keys=True),
+    )
+
+
+def staged_row_of(transaction_id: int, change: Change) -> tuple[object, ...]:
+    """Return the columns of a staged row, after its sequence number."""
+    # Transaction ids have 64 unsigned bits and SQLite's integers 63: kept as text.
+    if isinstance(change, Drop):
+        return (str(transaction_id), change.device_id, 1, None, None, None, None, None, None)
+    device_id, *rest = row_of(change.entry)
+    return (str(transaction_id), device_id, 0, *rest)
+
+
+def entry_of(row: Sequence[object]) -> CatalogEntry:
+    """Return the entry a row holds. Raises TypeError, ValueError for rows that make no sense."""
+    device_id, name, size_bytes, read_only, origin, created, tags = row
+    decoded = json.loads(str(tags))
+    if (
+        not isinstance(device_id, int)
+        or not isinstance(size_bytes, int)
+        or not isinstance(created, int | float)
+    ):
+        raise TypeError("wrong column type")  # noqa: TRY003, EM101 -- becomes CatalogDamaged
+    return CatalogEntry(
+        device_id=device_id,
+        name=str(name),
+        size_bytes=size_bytes,
+        read_only=bool(read_only),
+        origin=None if origin is None else str(origin),
+        created=float(created),
+        tags={str(key): str(value) for key, value in decoded.items()},
+    )
