@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 COLUMNS = "device_id, name, size_bytes, read_only, origin, created, tags"
+CREATED_SECONDS_MAX = 253402300800  # the year 10000, where datetime ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +74,17 @@ def entry_of(row: Sequence[object]) -> CatalogEntry:
     """Return the entry a row holds. Raises TypeError, ValueError for rows that make no sense."""
     device_id, name, size_bytes, read_only, origin, created, tags = row
     decoded = json.loads(str(tags))
-    if (
-        not isinstance(device_id, int)
-        or not isinstance(size_bytes, int)
-        or not isinstance(created, int | float)
-    ):
+    if not isinstance(device_id, int) or not isinstance(size_bytes, int) or not isinstance(decoded, dict):
         raise TypeError("wrong column type")  # noqa: TRY003, EM101 -- becomes CatalogDamaged
+    created_seconds = float(created)  # type: ignore[arg-type]
+    if not 0 <= device_id < 1 << 24 or size_bytes <= 0 or not 0 <= created_seconds < CREATED_SECONDS_MAX:
+        raise ValueError("column out of range")  # noqa: TRY003, EM101 -- becomes CatalogDamaged
     return CatalogEntry(
         device_id=device_id,
         name=str(name),
         size_bytes=size_bytes,
         read_only=bool(read_only),
         origin=None if origin is None else str(origin),
-        created=float(created),
+        created=created_seconds,
         tags={str(key): str(value) for key, value in decoded.items()},
     )

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="explicit-override"
 """The root of thinpool's errors: fields, exit code and JSON form that every leaf of `errors.py` shares.
 
 In: `ExitCode`, `ThinPoolError`, and the decorator that makes a leaf class and registers it by name.

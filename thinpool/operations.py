@@ -1,0 +1,220 @@
+"""Everything a command can ask of a pool, in one table, for both ways of reaching it.
+
+In: names, parameters and JSON-able results of operations, and the translation of what the engine raises into leaves
+of `ThinPoolError`, which cross the control API. Out: how a pool is reached (`pool_access.py`), HTTP (`control.py`),
+and what people see (`cli/`). An operation looks the same whether it runs in the server or in the command's own process.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import (
+    BadRequest,
+    MetadataSpace,
+    NoSpace,
+    PoolDamaged,
+    RemoteFailure,
+    SystemFailure,
+    ThinPoolError,
+)
+
+if TYPE_CHECKING:
+    from .status import DeviceInfo, PoolStatus
+
+METADATA_BLOCK_BYTES = 4096
+Result = dict[str, Any]
+Parameters = Mapping[str, Any]
+
+
+class OperatedPool(Protocol):
+    """What operations need of a pool (`pool.Pool`, or a fake in tests)."""
+
+    def create_device(self, name: str, size_bytes: int) -> DeviceInfo:
+        """Create an empty device."""
+
+    def create_snapshot(self, origin: str, name: str, *, read_only: bool = False) -> DeviceInfo:
+        """Snapshot a device."""
+
+    def delete(self, name: str) -> None:
+        """Delete a device or snapshot."""
+
+    def rename(self, old: str, new: str) -> DeviceInfo:
+        """Rename a device."""
+
+    def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> DeviceInfo:
+        """Change the size of a device."""
+
+    def rollback(self, name: str, snapshot: str, *, keep: str | bool | None = None) -> DeviceInfo:
+        """Give a device the content of a snapshot."""
+
+    def grow(self, size_bytes: int | None = None, metadata_bytes: int | None = None) -> PoolStatus:
+        """Grow data or metadata or both."""
+
+    def commit(self) -> None:
+        """Make everything durable."""
+
+    def devices(self) -> list[DeviceInfo]:
+        """Describe all devices, by name."""
+
+    def status(self) -> PoolStatus:
+        """Describe the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter: the types JSON may give it, and whether it may be left out."""
+
+    types: tuple[type, ...]
+    required: bool = True
+
+
+TEXT = Parameter((str,))
+SIZE = Parameter((int,))
+OPTIONAL_SIZE = Parameter((int, type(None)), required=False)
+FLAG = Parameter((bool,), required=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation. `looks_only`: it changes nothing, so it may be repeated and needs the pool only for reading."""
+
+    run: Callable[[OperatedPool, Parameters], Result]
+    parameters: Mapping[str, Parameter]
+    looks_only: bool = False
+
+
+def _create(pool: OperatedPool, given: Parameters) -> Result:
+    return {"device": pool.create_device(given["name"], given["size_bytes"]).to_json()}
+
+
+def _snapshot(pool: OperatedPool, given: Parameters) -> Result:
+    made = pool.create_snapshot(given["origin"], given["name"], read_only=given.get("read_only", False))
+    return {"device": made.to_json()}
+
+
+def _delete(pool: OperatedPool, given: Parameters) -> Result:
+    pool.delete(given["name"])
+    return {"deleted": given["name"]}
+
+
+def _rename(pool: OperatedPool, given: Parameters) -> Result:
+    return {"device": pool.rename(given["old"], given["new"]).to_json()}
+
+
+def _resize(pool: OperatedPool, given: Parameters) -> Result:
+    resized = pool.resize(given["name"], given["size_bytes"], shrink=given.get("shrink", False))
+    return {"device": resized.to_json()}
+
+
+def _rollback(pool: OperatedPool, given: Parameters) -> Result:
+    before = {device.device_id for device in pool.devices() if device.name != given["name"]}
+    device = pool.rollback(given["name"], given["snapshot"], keep=given.get("keep"))
+    kept = [
+        other.name for other in pool.devices() if other.device_id not in before and other.name != device.name
+    ]
+    return {"device": device.to_json(), "kept": kept[0] if kept else None}
+
+
+def _grow(pool: OperatedPool, given: Parameters) -> Result:
+    size_bytes, metadata_bytes = given.get("size_bytes"), given.get("metadata_bytes")
+    if size_bytes is None and metadata_bytes is None:
+        raise BadRequest(reason="grow needs size_bytes or metadata_bytes")
+    return {"status": pool.grow(size_bytes, metadata_bytes).to_json()}
+
+
+def _status(pool: OperatedPool, _: Parameters) -> Result:
+    return {"status": pool.status().to_json()}
+
+
+def _list(pool: OperatedPool, _: Parameters) -> Result:
+    return {"devices": [device.to_json() for device in pool.devices()]}
+
+
+def _commit(pool: OperatedPool, _: Parameters) -> Result:
+    pool.commit()
+    return {}
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    "create": Operation(_create, {"name": TEXT, "size_bytes": SIZE}),
+    "snapshot": Operation(_snapshot, {"origin": TEXT, "name": TEXT, "read_only": FLAG}),
+    "delete": Operation(_delete, {"name": TEXT}),
+    "rename": Operation(_rename, {"old": TEXT, "new": TEXT}),
+    "resize": Operation(_resize, {"name": TEXT, "size_bytes": SIZE, "shrink": FLAG}),
+    "rollback": Operation(
+        _rollback,
+        {"name": TEXT, "snapshot": TEXT, "keep": Parameter((str, bool, type(None)), required=False)},
+    ),
+    "grow": Operation(_grow, {"size_bytes": OPTIONAL_SIZE, "metadata_bytes": OPTIONAL_SIZE}),
+    "commit": Operation(_commit, {}),
+    "status": Operation(_status, {}, looks_only=True),
+    "list": Operation(_list, {}, looks_only=True),
+}
+
+
+def check_request(name: str, parameters: object) -> Operation:
+    """Return the operation, once its parameters have the right names and types. Raises BadRequest."""
+    operation = OPERATIONS.get(name)
+    if operation is None:
+        raise BadRequest(reason=f"there is no operation {name!r}; there are {', '.join(OPERATIONS)}")
+    if not isinstance(parameters, Mapping):
+        raise BadRequest(reason="parameters are a JSON object")
+    for key in parameters:
+        if key not in operation.parameters:
+            raise BadRequest(reason=f"{name} has no parameter {key!r}")
+    for key, parameter in operation.parameters.items():
+        if key not in parameters:
+            if parameter.required:
+                raise BadRequest(reason=f"{name} needs the parameter {key!r}")
+        elif type(parameters[key]) not in parameter.types:  # exact: True is no size
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in parameter.types)
+            raise BadRequest(reason=f"{key!r} of {name} is {wanted}")
+    return operation
+
+
+def execute(pool: OperatedPool, pool_path: str, name: str, parameters: Parameters) -> Result:
+    """Run one operation. Raises leaves of ThinPoolError, also for what the engine and the system raise."""
+    operation = check_request(name, parameters)
+    try:
+        return operation.run(pool, parameters)
+    except Exception as error:
+        translated = as_leaf(error, pool_path)
+        if translated is error:
+            raise
+        raise translated from error
+
+
+def as_leaf(error: Exception, pool_path: str) -> Exception:
+    """Return `error` as a leaf of ThinPoolError. Mistakes of the program (TypeError and such) stay what they are."""
+    if isinstance(error, ThinPoolError):
+        return error
+    if isinstance(error, OSError):
+        return _os_leaf(error, pool_path)
+    # Imported here: the client side of a served pool must not load the metadata package and numpy.
+    from metadata import errors as metadata_errors
+
+    if not isinstance(error, metadata_errors.MetadataError):
+        return error
+    if isinstance(error, metadata_errors.MetadataFull):
+        available = max(error.free_blocks - error.reserved_blocks, 0)
+        return MetadataSpace(error.needed_blocks * METADATA_BLOCK_BYTES, available * METADATA_BLOCK_BYTES)
+    if isinstance(error, _damage_classes()):
+        return PoolDamaged(pool_path, str(error))
+    return RemoteFailure(type(error).__name__, str(error))
+
+
+def _damage_classes() -> tuple[type[Exception], ...]:
+    from metadata import errors as found
+
+    return (found.BlockDamaged, found.CountDamaged, found.MetadataTooShort, found.NotPoolMetadata)
+
+
+def _os_leaf(error: OSError, pool_path: str) -> ThinPoolError:
+    path = str(error.filename) if error.filename is not None else pool_path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(what=f"{path} on its file system", needed_bytes=METADATA_BLOCK_BYTES, free_bytes=0)
+    return SystemFailure(path, error.errno or 0, error.strerror or str(error))

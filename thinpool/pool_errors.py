@@ -1,0 +1,229 @@
+# ruff: noqa: N818 -- the names say what happened, as `NoSpace`; an Error suffix adds nothing to them
+"""Errors about pools, their devices and their files. See `errors.py` for the rules of all leaves."""
+
+from __future__ import annotations
+
+from .error_root import ExitCode, ThinPoolError, leaf
+from .wording import escaped, iec, quoted, shown_path
+
+
+@leaf(ExitCode.NOT_FOUND)
+class NoSuchDevice(ThinPoolError):
+    """No device of that name in the pool."""
+
+    name: str
+    pool: str
+
+    def __str__(self) -> str:
+        return f"no device {quoted(self.name)} in pool {shown_path(self.pool)}"
+
+
+@leaf(ExitCode.CONFLICT)
+class DeviceExists(ThinPoolError):
+    """The name is taken."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"a device {quoted(self.name)} exists already; choose another name or delete it first"
+
+
+@leaf(ExitCode.CONFLICT)
+class DeviceInUse(ThinPoolError):
+    """Clients are connected to a device that must be idle for this."""
+
+    name: str
+    connections: int
+
+    def __str__(self) -> str:
+        clients = "1 client is" if self.connections == 1 else f"{self.connections} clients are"
+        return f"device {quoted(self.name)} is in use: {clients} connected; detach it first"
+
+
+@leaf(ExitCode.CONFLICT)
+class DeviceReadOnly(ThinPoolError):
+    """The device is a read-only snapshot."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"device {quoted(self.name)} is read-only"
+
+
+@leaf(ExitCode.USAGE)
+class BadName(ThinPoolError):
+    """A name outside the rules of `names.py`; `reason` completes "a device name ..."."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{quoted(self.name)} cannot name a device: {self.reason}"
+
+
+@leaf(ExitCode.USAGE)
+class BadSize(ThinPoolError):
+    """A size that is no size, or none that fits here."""
+
+    text: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"bad size {quoted(self.text)}: {self.reason}"
+
+
+@leaf(ExitCode.CONFLICT)
+class PoolBusy(ThinPoolError):
+    """Another process holds the pool. `pid` and `host` are 0 and "" where the holder left no note."""
+
+    path: str
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        holder = f"process {self.pid} on {escaped(self.host)}" if self.pid else "another process"
+        return f"pool {shown_path(self.path)} is busy: {holder} has it open"
+
+
+@leaf(ExitCode.NOT_FOUND)
+class PoolNotFound(ThinPoolError):
+    """Nothing is there."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"no pool at {shown_path(self.path)}; `thinpool init` makes one"
+
+
+@leaf(ExitCode.CONFLICT)
+class PoolExists(ThinPoolError):
+    """`init` would overwrite something."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"{shown_path(self.path)} exists and is not an empty directory; nothing was changed"
+
+
+@leaf(ExitCode.DAMAGED)
+class NotAPool(ThinPoolError):
+    """Something is there, but no pool."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{shown_path(self.path)} is not a pool: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.DAMAGED)
+class PoolDamaged(ThinPoolError):
+    """A pool whose metadata does not hold together."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the metadata of {shown_path(self.path)} is damaged: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.DAMAGED)
+class CatalogDamaged(ThinPoolError):
+    """The catalogue of names is not readable; the devices themselves are not touched by that."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"the catalogue {shown_path(self.path)} is damaged: {escaped(self.reason)}; the devices are not affected: "
+            "move the file away and they appear under the names thin-ID"
+        )
+
+
+@leaf(ExitCode.FAILURE)
+class CatalogFailed(ThinPoolError):
+    """The catalogue could not be read or written, and is not damaged by that."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the catalogue {shown_path(self.path)} cannot be used: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.DAMAGED)
+class DataFileMissing(ThinPoolError):
+    """Metadata without its data."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"the data file {shown_path(self.path)} is missing; nothing was changed"
+
+
+@leaf(ExitCode.DAMAGED)
+class DataFileTooShort(ThinPoolError):
+    """The data file ends before the last block the metadata counts on."""
+
+    path: str
+    has_bytes: int
+    needs_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"the data file {shown_path(self.path)} is too short: it has {self.has_bytes} bytes and the metadata "
+            f"describes {self.needs_bytes}; nothing was changed"
+        )
+
+
+@leaf(ExitCode.NO_SPACE)
+class NoSpace(ThinPoolError):
+    """`what` (data, metadata, a file system) has less room than the operation needs."""
+
+    what: str
+    needed_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"no space for {escaped(self.what)}: {iec(self.needed_bytes)} needed, {iec(self.free_bytes)} free; "
+            "delete devices or grow the pool"
+        )
+
+
+@leaf(ExitCode.NO_SPACE)
+class MetadataSpace(ThinPoolError):
+    """The metadata file is full."""
+
+    needed_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"the metadata is full: {iec(self.needed_bytes)} needed, {iec(self.free_bytes)} free; delete devices or "
+            "enlarge it with `thinpool grow POOL --metadata-size SIZE`"
+        )
+
+
+@leaf(ExitCode.CONFLICT)
+class PoolReadOnly(ThinPoolError):
+    """The pool was opened for reading only, or its metadata is marked as needing a check."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the pool is read-only: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.FAILURE)
+class PoolPoisoned(ThinPoolError):
+    """A commit failed; nothing more is written by this process."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"the pool refuses further changes after a failed commit: {escaped(self.reason)}; what was committed "
+            "before is intact, stop and open the pool again"
+        )

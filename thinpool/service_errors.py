@@ -1,0 +1,149 @@
+# ruff: noqa: N818 -- the names say what happened, as `NoSpace`; an Error suffix adds nothing to them
+"""Errors about servers, requests, attachments and the system. See `errors.py` for the rules of all leaves."""
+
+from __future__ import annotations
+
+from .error_root import ExitCode, ThinPoolError, leaf
+from .wording import escaped, quoted, shown_path
+
+
+@leaf(ExitCode.SERVER)
+class PoolNotServed(ThinPoolError):
+    """The command needs a server and there is none."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"pool {shown_path(self.path)} is not being served; start `thinpool serve {shown_path(self.path)}`"
+
+
+@leaf(ExitCode.CONFLICT)
+class PoolServed(ThinPoolError):
+    """A second server for a served pool."""
+
+    path: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"pool {shown_path(self.path)} is being served already, by process {self.pid}"
+
+
+@leaf(ExitCode.SERVER)
+class ServerUnreachable(ThinPoolError):
+    """The server of the pool is there but cannot be talked to."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the server of {shown_path(self.path)} does not answer: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.SERVER)
+class ServerStartFailed(ThinPoolError):
+    """The server could not listen, or died before it was ready."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the server did not start: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.SERVER)
+class StopFailed(ThinPoolError):
+    """The server accepted a stop and still holds the pool."""
+
+    path: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"the server of {shown_path(self.path)} (process {self.pid}) did not stop in time"
+
+
+@leaf(ExitCode.USAGE)
+class BadRequest(ThinPoolError):
+    """An operation or parameter that does not exist or has the wrong type."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"bad request: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.FAILURE)
+class RemoteFailure(ThinPoolError):
+    """The server failed in a way that has no class of its own."""
+
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"the server failed: {escaped(self.message)} ({escaped(self.kind)})"
+
+
+@leaf(ExitCode.FAILURE)
+class SystemFailure(ThinPoolError):
+    """The operating system refused something that has no class of its own."""
+
+    path: str
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"{shown_path(self.path)}: " if self.path else ""
+        return f"{where}{escaped(self.reason)}"
+
+
+@leaf(ExitCode.SERVER)
+class ServerStopping(ThinPoolError):
+    """The server is shutting down and takes no more operations; nothing was done."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"the server of {shown_path(self.path)} is stopping"
+
+
+@leaf(ExitCode.FAILURE)
+class AttachFailed(ThinPoolError):
+    """A step of attaching or detaching failed; what had been done before it was undone."""
+
+    name: str
+    step: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot attach {quoted(self.name)}: {escaped(self.step)} failed: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.FAILURE)
+class DetachFailed(ThinPoolError):
+    """A step of detaching failed; the attachment stays recorded, so it can be tried again."""
+
+    name: str
+    step: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot detach {quoted(self.name)}: {escaped(self.step)} failed: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.CONFLICT)
+class AlreadyAttached(ThinPoolError):
+    """The device is attached on this machine."""
+
+    name: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"device {quoted(self.name)} is attached already, at {shown_path(self.where)}"
+
+
+@leaf(ExitCode.NOT_FOUND)
+class NotAttached(ThinPoolError):
+    """Nothing to detach."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"device {quoted(self.name)} is not attached on this machine"
