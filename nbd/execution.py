@@ -44,7 +44,7 @@ class Executor:
         self._link = link
         self._activity = activity
         self._session = terms.session
-        self._head = EXTENDED_REQUEST if terms.extended else REQUEST, Request
+        self._head = EXTENDED_REQUEST if terms.extended else REQUEST
         self._magic = EXTENDED_REQUEST_MAGIC if terms.extended else REQUEST_MAGIC
         # Anonymous memory: pages that no client ever fills cost nothing.
         room = max(limits.receive_buffer_bytes, FILTER_BYTES_MAX, len(pending)) + 4 * KIB
