@@ -1,1 +1,67 @@
-"""The dm-thin metadata format and its algorithms."""
+"""The dm-thin metadata format and its algorithms: the public names of the package."""
+
+from .checksum import BlockKind
+from .commit import CommitReport, PreparedCommit
+from .devices import DeviceRecord
+from .errors import (
+    AlreadyFormatted,
+    BlockDamaged,
+    ClockExhausted,
+    CommitPending,
+    CountDamaged,
+    Damage,
+    DeviceExists,
+    MetadataError,
+    MetadataFull,
+    MetadataSnapshotExists,
+    MetadataTooShort,
+    NoMetadataSnapshot,
+    NoSuchDevice,
+    NotPoolMetadata,
+    OutOfRange,
+    ReadOnlyMetadata,
+    ShortRead,
+    UnsupportedPool,
+)
+from .format import format_pool
+from .layout import BLOCK_BYTES, METADATA_BLOCKS_MAX, pack_mapping, unpack_mapping
+from .pool_metadata import LeafView, PoolMetadata, Usage
+from .store import BlockStore, FileStore, MemoryStore
+from .superblock import Superblock
+
+__all__ = [
+    "BLOCK_BYTES",
+    "METADATA_BLOCKS_MAX",
+    "AlreadyFormatted",
+    "BlockDamaged",
+    "BlockKind",
+    "BlockStore",
+    "ClockExhausted",
+    "CommitPending",
+    "CommitReport",
+    "CountDamaged",
+    "Damage",
+    "DeviceExists",
+    "DeviceRecord",
+    "FileStore",
+    "LeafView",
+    "MemoryStore",
+    "MetadataError",
+    "MetadataFull",
+    "MetadataSnapshotExists",
+    "MetadataTooShort",
+    "NoMetadataSnapshot",
+    "NoSuchDevice",
+    "NotPoolMetadata",
+    "OutOfRange",
+    "PoolMetadata",
+    "PreparedCommit",
+    "ReadOnlyMetadata",
+    "ShortRead",
+    "Superblock",
+    "UnsupportedPool",
+    "Usage",
+    "format_pool",
+    "pack_mapping",
+    "unpack_mapping",
+]

@@ -8,7 +8,7 @@ Field order and meaning: struct thin_disk_superblock in drivers/md/dm-thin-metad
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .checksum import BlockKind, seal, sniff, verify
@@ -40,7 +40,7 @@ class SpaceMapRoot:
     allocated: int
     bitmap_root: int
     overflow_root: int
-    tail: bytes = bytes(SPACE_MAP_ROOT_BYTES - 32)
+    tail: bytes = field(default=bytes(SPACE_MAP_ROOT_BYTES - 32), repr=False)
 
     @classmethod
     def unpack(cls, raw: bytes) -> SpaceMapRoot:
@@ -80,7 +80,7 @@ class Superblock:
     compat_flags: int
     compat_ro_flags: int
     incompat_flags: int
-    tail: bytes = bytes(BLOCK_BYTES - 364)
+    tail: bytes = field(default=bytes(BLOCK_BYTES - 364), repr=False)
 
     @property
     def needs_check(self) -> bool:
@@ -97,7 +97,8 @@ class Superblock:
         verify(raw, BlockKind.SUPERBLOCK, location)
         fields: list[Any] = list(cls.LAYOUT.unpack_from(raw))[1:]
         fields[8:10] = [SpaceMapRoot.unpack(fields[8]), SpaceMapRoot.unpack(fields[9])]
-        return cls(*fields, raw[cls.LAYOUT.size :])
+        fields.append(raw[cls.LAYOUT.size :])
+        return cls(*fields)
 
     def pack(self) -> bytes:
         """The 4096 bytes, checksum included."""
@@ -128,7 +129,10 @@ class Superblock:
         block[self.LAYOUT.size :] = self.tail
         return seal(block, BlockKind.SUPERBLOCK, self.location)
 
-    encode = pack
+    def encode(self, location: int) -> bytes:
+        """As `pack`, for a copy kept among other changed blocks."""
+        assert location == self.location, location
+        return self.pack()
 
 
 assert Superblock.LAYOUT.size == 364

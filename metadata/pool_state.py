@@ -1,0 +1,164 @@
+"""Everything a running transaction consists of, built from a superblock; thrown away whole by an abort.
+
+In: loading, settling all structures for a commit, accounting of metadata space. Out: the operations
+(pool_metadata), I/O order (commit).
+
+Room. Commits and deletions must not fail for lack of metadata blocks, although they allocate them. So `reserve`
+bounds from above what a commit would still allocate now: every bitmap of a chunk with data in it (a deletion
+may touch them all), the index, all nodes of the overflow trees plus what copying shared nodes may add to
+them, and the device records waiting. Operations that add something must leave that and a bit for one deletion free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .block_cache import BlockCache
+from .btree import count_nodes
+from .devices import DeviceTable
+from .errors import MetadataFull, MetadataTooShort
+from .layout import SUPERBLOCK_VERSION, bitmaps_for
+from .mapping import MappingTree
+from .space_map import DataSpaceMap, MetadataSpaceMap
+from .store import BlockStore
+from .superblock import Superblock, check_acceptable, read_superblock
+
+# Index records in a minimally filled leaf of the data space map's index.
+_INDEX_LEAF_MIN = 56
+_DETAILS_LEAF_MIN = 42
+# A copied node makes at most 252 counts reach three; two and a bit overflow leaves hold them.
+_OVERFLOW_PER_SHARED_NODE = 3
+_DELETION_BLOCKS_MAX = 48
+_TOP_LEVEL_BLOCKS = 8
+
+
+class PoolState:
+    """The structures of one pool within one transaction.
+
+    `superblock` is the one being prepared; `committed` the one in storage.
+    """
+
+    def __init__(self, store: BlockStore, cache: BlockCache, superblock: Superblock) -> None:
+        self.store = store
+        self.committed = superblock
+        self.superblock = superblock
+        self.metadata_space = MetadataSpaceMap(cache, superblock.metadata_space)
+        self.transaction = self.metadata_space.transaction
+        self.data_space = DataSpaceMap(self.transaction, superblock.data_space)
+        self.mapping = MappingTree(self.transaction, self.data_space.counts, superblock.mapping_root)
+        self.devices = DeviceTable(self.transaction, superblock.details_root)
+        self._shared_copies = 0
+        self._overflow_nodes: dict[int, int] = {}
+
+    @classmethod
+    def load(cls, store: BlockStore, cache: BlockCache, *, writable: bool) -> PoolState:
+        """Read the superblock and what a transaction needs from the start.
+
+        Raises NotPoolMetadata, UnsupportedPool, MetadataTooShort, BlockDamaged, CountDamaged, OSError.
+        """
+        superblock = read_superblock(store)
+        check_acceptable(superblock, writable=writable)
+        recorded, actual = superblock.metadata_space.blocks, store.size_blocks()
+        if actual < recorded:
+            raise MetadataTooShort(recorded, actual)
+        state = cls(store, cache, superblock)
+        if writable:
+            state.metadata_space.load_all()
+        return state
+
+    @property
+    def changed(self) -> bool:
+        """Whether a commit would write anything."""
+        return (
+            self.superblock != self.committed
+            or self.transaction.has_changes
+            or self.devices.pending > 0
+            or self.data_space.missing_bitmaps > 0
+            or self.metadata_space.missing_bitmaps > 0
+            or self.data_space.counts.blocks != self.committed.data_space.blocks
+            or self.metadata_space.counts.blocks != self.committed.metadata_space.blocks
+        )
+
+    # Room
+
+    @property
+    def reserve(self) -> int:
+        """Blocks a commit might still have to allocate if everything allocated were deleted first."""
+        data, metadata = self.data_space, self.metadata_space
+        bitmaps = min(bitmaps_for(data.counts.blocks), data.allocated) + data.missing_bitmaps
+        index_nodes = bitmaps // _INDEX_LEAF_MIN + 4
+        metadata_map = bitmaps_for(metadata.counts.blocks) + 2
+        overflow = self._nodes_of(data.overflow_root) + self._nodes_of(metadata.overflow_root)
+        overflow += _OVERFLOW_PER_SHARED_NODE * self._shared_copies + 2
+        pending = self.devices.pending
+        details = 4 + (pending and pending // _DETAILS_LEAF_MIN + min(6 * pending, self._details_nodes()))
+        return bitmaps + index_nodes + metadata_map + overflow + details
+
+    def _nodes_of(self, overflow_root: int) -> int:
+        """Nodes of an overflow tree; these trees change only at commits, so the answer is remembered."""
+        known = self._overflow_nodes.get(overflow_root)
+        if known is None:
+            known = self._overflow_nodes[overflow_root] = count_nodes(self.transaction, 4, overflow_root)
+        return known
+
+    def _details_nodes(self) -> int:
+        return count_nodes(self.transaction, 24, self.devices.root)
+
+    def require(self, blocks: int, *, deletes: bool = False) -> None:
+        """Make sure an operation can allocate `blocks` and a commit is still possible.
+
+        Raises:
+            MetadataFull: it might not be; nothing has been changed.
+        """
+        kept = self.reserve
+        if not deletes:
+            kept += min(_DELETION_BLOCKS_MAX, self.metadata_space.counts.blocks // 8)
+        free = self.transaction.free_blocks
+        if blocks + kept > free:
+            raise MetadataFull(blocks, free, kept)
+
+    def require_for_insert(self, device_id: int, count: int, touched: tuple[int, int]) -> None:
+        """Room for inserting `count` mappings into a device, `touched` as `MappingTree.touched_nodes` gives it."""
+        nodes, shared = touched
+        grown = -(-count // 84) + 2
+        grown += -(-grown // 84) + self.mapping.height(device_id)
+        self.require(nodes + grown + _TOP_LEVEL_BLOCKS + _OVERFLOW_PER_SHARED_NODE * (shared + 1))
+        self._shared_copies += shared
+
+    def require_for_device(self) -> None:
+        """Room for adding a device or snapshot."""
+        self.require(_TOP_LEVEL_BLOCKS + 2 * _OVERFLOW_PER_SHARED_NODE)
+        self._shared_copies += 1
+
+    def require_for_removal(self, device_id: int) -> None:
+        """Room for removing a range: two edges and their neighbours, on every level."""
+        levels = self.mapping.height(device_id)
+        self.require(6 * levels + _TOP_LEVEL_BLOCKS, deletes=True)
+        self._shared_copies += 4 * levels
+
+    # Commit
+
+    def settle(self) -> Superblock:
+        """Bring all trees and maps up to date in memory and give the superblock to write.
+
+        Raises BlockDamaged, CountDamaged, MetadataFull; the transaction must then be aborted.
+        """
+        self.devices.settle()
+        self.data_space.settle()
+        metadata_root = self.metadata_space.settle()
+        self.superblock = replace(
+            self.superblock,
+            version=SUPERBLOCK_VERSION,
+            mapping_root=self.mapping.root,
+            details_root=self.devices.root,
+            data_space=self.data_space.root(),
+            metadata_space=metadata_root,
+        )
+        return self.superblock
+
+    def finish(self) -> None:
+        """The settled transaction is committed; a new one begins."""
+        self.committed = self.superblock
+        self.metadata_space.finish(self.superblock.metadata_space)
+        self._shared_copies = 0
+        self._overflow_nodes.clear()
