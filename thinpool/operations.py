@@ -23,6 +23,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .catalog import Catalog
     from .status import DeviceInfo, PoolStatus
 
 METADATA_BLOCK_BYTES = 4096
@@ -32,6 +33,8 @@ Parameters = Mapping[str, Any]
 
 class OperatedPool(Protocol):
     """What operations need of a pool (`pool.Pool`, or a fake in tests)."""
+
+    catalog: Catalog
 
     def create_device(self, name: str, size_bytes: int) -> DeviceInfo:
         """Create an empty device."""
@@ -111,12 +114,10 @@ def _resize(pool: OperatedPool, given: Parameters) -> Result:
 
 
 def _rollback(pool: OperatedPool, given: Parameters) -> Result:
-    before = {device.device_id for device in pool.devices() if device.name != given["name"]}
+    before = pool.catalog.by_name(given["name"])
     device = pool.rollback(given["name"], given["snapshot"], keep=given.get("keep"))
-    kept = [
-        other.name for other in pool.devices() if other.device_id not in before and other.name != device.name
-    ]
-    return {"device": device.to_json(), "kept": kept[0] if kept else None}
+    kept = pool.catalog.by_id(before.device_id) if before is not None else None
+    return {"device": device.to_json(), "kept": None if kept is None else kept.name}
 
 
 def _grow(pool: OperatedPool, given: Parameters) -> Result:

@@ -67,13 +67,13 @@ class PoolLock:
         _close_all(descriptors)
 
 
-def is_locked(location: PoolLocation) -> bool:
-    """Whether a process has the pool open for writing now. Raises as `PoolLock.acquire`, except PoolBusy."""
+def current_holder(location: PoolLocation) -> PoolBusy | None:
+    """Return who has the pool open for writing now, as the error that says so. Raises PoolNotFound, NotAPool, OSError."""
     try:
         PoolLock.acquire(location, shared=True).close()
-    except PoolBusy:
-        return True
-    return False
+    except PoolBusy as busy:
+        return busy
+    return None
 
 
 def _open_lock_file(path: Path, *, shared: bool) -> int | None:

@@ -1,0 +1,206 @@
+"""The control API of a served pool: HTTP and JSON over the Unix socket `control` in the pool directory.
+
+In: the routes, the thread they run in, and how a stop is taken. Out: the operations themselves (`operations.py`), the
+client (`control_client.py`). The socket has mode 0600: whoever may open it may change the pool, as with its files.
+docs/control-api.md describes the API for programs in other languages.
+
+    GET  /v1/server               who serves: pid, NBD URIs, connections
+    POST /v1/operations/<name>    run one operation; the body is a JSON object of its parameters
+    POST /v1/disconnect           drop the NBD connections of one device: {"name": ...}
+    POST /v1/stop                 begin to shut down: {"grace_seconds": ...}
+
+Operations run in worker threads; the pool itself puts them in order. Once a stop has begun, operations are refused
+with 503 and `ServerStopping`: nothing was done, so a client may wait for the end and open the pool itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from .errors import BadRequest, ExitCode, RemoteFailure, ServerStartFailed, ServerStopping, ThinPoolError
+from .operations import OperatedPool, as_leaf, execute
+from .unix_sockets import listen
+
+API_VERSION = 1
+BODY_BYTES_MAX = 1 << 20
+START_SECONDS = 10.0
+GRACE_SECONDS_MAX = 3600.0
+STATUS_OF_EXIT_CODE = {
+    ExitCode.USAGE: 400,
+    ExitCode.NOT_FOUND: 404,
+    ExitCode.CONFLICT: 409,
+    ExitCode.NO_SPACE: 507,
+    ExitCode.SERVER: 503,
+}
+
+log = logging.getLogger("thinpool")
+
+
+class Host(Protocol):
+    """The service the API speaks for."""
+
+    pool: OperatedPool
+    pool_path: str
+    stopping: bool
+
+    def describe(self) -> dict[str, Any]:
+        """Who serves what: a JSON object."""
+
+    def disconnect(self, name: str) -> int:
+        """Drop the NBD connections of a device; how many there were."""
+
+    def request_stop(self, grace_seconds: float | None) -> None:
+        """Begin to shut down; returns at once."""
+
+
+class JsonResponse(Response):
+    """JSON in ASCII: names that are no UTF-8 cross as escaped surrogates."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Encode the body."""
+        return json.dumps(content).encode("ascii") + b"\n"
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def application(host: Host) -> Starlette:
+    """Return the ASGI application for a service."""
+
+    async def server(_: Request) -> Response:
+        described = await run_in_threadpool(host.describe)
+        return JsonResponse({"version": API_VERSION, "server": described})
+
+    async def operation(request: Request) -> Response:
+        parameters = await _body(request)
+        name = request.path_params["name"]
+        result = await run_in_threadpool(_execute, host, name, parameters)
+        return JsonResponse({"version": API_VERSION, "result": result})
+
+    async def disconnect(request: Request) -> Response:
+        name = (await _body(request)).get("name")
+        if not isinstance(name, str):
+            raise BadRequest(reason="disconnect needs the parameter 'name'")
+        dropped = await run_in_threadpool(host.disconnect, name)
+        return JsonResponse({"version": API_VERSION, "result": {"disconnected": dropped}})
+
+    async def stop(request: Request) -> Response:
+        grace = (await _body(request)).get("grace_seconds")
+        sensible = isinstance(grace, int | float) and 0 <= grace <= GRACE_SECONDS_MAX
+        if grace is not None and not sensible:
+            raise BadRequest(reason=f"grace_seconds is a number from 0 to {GRACE_SECONDS_MAX:.0f}")
+        host.request_stop(None if grace is None else float(grace))
+        return JsonResponse({"version": API_VERSION, "result": {"pid": os.getpid()}}, status_code=202)
+
+    routes = [
+        Route("/v1/server", _answering(host, server), methods=["GET"]),
+        Route("/v1/operations/{name}", _answering(host, operation), methods=["POST"]),
+        Route("/v1/disconnect", _answering(host, disconnect), methods=["POST"]),
+        Route("/v1/stop", _answering(host, stop), methods=["POST"]),
+        Route("/{rest:path}", _answering(host, _unknown)),
+    ]
+    return Starlette(routes=routes)
+
+
+async def _unknown(request: Request) -> Response:
+    raise BadRequest(reason=f"there is no {request.method} {request.url.path} here")
+
+
+def _execute(host: Host, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    if host.stopping:
+        raise ServerStopping(host.pool_path)
+    return execute(host.pool, host.pool_path, name, parameters)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    received = bytearray()
+    async for piece in request.stream():
+        received += piece
+        if len(received) > BODY_BYTES_MAX:
+            raise BadRequest(reason=f"a request body has at most {BODY_BYTES_MAX} bytes")
+    try:
+        parsed = json.loads(received or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(reason=f"the body is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise BadRequest(reason="the body is no JSON object")
+    return parsed
+
+
+def _answering(host: Host, handler: Handler) -> Handler:
+    """Every failure becomes a JSON answer; those that are mistakes of ours are logged with their traceback."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            leaf = as_leaf(error, host.pool_path)
+            if not isinstance(leaf, ThinPoolError):
+                log.exception("%s %s failed", request.method, request.url.path)
+                leaf = RemoteFailure(type(error).__name__, str(error))
+            status = STATUS_OF_EXIT_CODE.get(leaf.exit_code, 500)
+            return JsonResponse({"version": API_VERSION, **leaf.to_json()}, status_code=status)
+
+    return answer
+
+
+class ControlServer:
+    """Runs the API in a thread of its own until `close`."""
+
+    def __init__(self, host: Host, path: Path) -> None:
+        self._path = path
+        self._listener: socket.socket = listen(path, 0o600)
+        configuration = uvicorn.Config(
+            application(host),
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=1,
+            timeout_graceful_shutdown=5,
+        )
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+        self._server = uvicorn.Server(configuration)
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    def _run(self) -> None:
+        self._server.run(sockets=[self._listener])
+
+    def start(self) -> None:
+        """Answer from now on. Raises ServerStartFailed."""
+        self._thread.start()
+        # The listener queues connections already; a thread that ends at once is what must not go unnoticed.
+        waited = threading.Event()
+        for _ in range(int(START_SECONDS / 0.01)):
+            if self._server.started:
+                return
+            if not self._thread.is_alive():
+                break
+            waited.wait(0.01)
+        raise ServerStartFailed(reason=f"the control API on {self._path} did not come up")
+
+    def close(self) -> None:
+        """Finish the requests that are being answered, then remove the socket. Idempotent."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join()
+        self._listener.close()
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,255 @@
+"""The service: one pool, its NBD server, its control API, from start to orderly end.
+
+In: `thinpool serve` and everything it owns. Out: the protocol (`nbd`), the engine (`pool.py`), the API (`control.py`),
+the background (`daemon.py`).
+
+Order of the end, so that no acknowledged write is lost and nobody meets half a server: NBD first (requests in flight
+finish, clients are disconnected), then the control socket goes, then the pool is committed and closed, then its lock goes.
+Whoever finds no control socket and a busy pool waits a moment (`pool_access.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from nbd import CertificateTls, NbdError, Server, ServerTls
+
+from . import __version__
+from .control import ControlServer
+from .errors import NoSuchDevice, PoolBusy, PoolServed, ServerStartFailed, ThinPoolError
+from .exports import PoolExports
+from .pool import Pool
+from .pool_access import BUSY_SECONDS, RETRY_SECONDS, PoolAccess, open_here
+from .pool_location import PoolLocation
+from .unix_sockets import ADDRESS_BYTES_MAX, listen
+
+GRACE_SECONDS = 5.0
+WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 -- recognised, not bound to
+
+log = logging.getLogger("thinpool")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """What `thinpool serve` was asked for. Paths are absolute; `listen` holds (host, port) pairs."""
+
+    location: PoolLocation
+    socket_path: Path | None = None
+    listen: Sequence[tuple[str, int]] = ()
+    default_export: str | None = None
+    pid_file: Path | None = None
+    grace_seconds: float = GRACE_SECONDS
+    tls_certificates: Path | None = None
+    tls_required: bool = True
+    tls_verify_peer: bool = False
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the NBD server listens."""
+
+    sockets: Sequence[Path] = ()
+    tcp: Sequence[tuple[str, int]] = field(default_factory=tuple)
+    tls: bool = False
+
+    def uris(self, export: str) -> list[str]:
+        """NBD URIs of an export, Unix sockets first (github.com/NetworkBlockDevice/nbd, doc/uri.md)."""
+        kind = "nbds" if self.tls else "nbd"
+        name = quote(export, safe="@")
+        local = [
+            f"{kind}+unix:///{name}?socket={quote(os.fsencode(path), safe='/@')}" for path in self.sockets
+        ]
+        remote = [f"{kind}://{_uri_host(host)}:{port}/{name}" for host, port in self.tcp]
+        return local + remote
+
+
+def _uri_host(host: str) -> str:
+    if host in WILDCARDS:
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
+class Service:
+    """A served pool. `run` does everything; the other methods are what the control API needs."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._settings = settings
+        self.pool_path = str(settings.location)
+        self.pool: Pool
+        self.stopping = False
+        self._grace_seconds = settings.grace_seconds
+        self._stop = threading.Event()
+        self._started = datetime.datetime.now(datetime.UTC)
+        self._server: Server
+        self._addresses = Addresses()
+        self._closing = contextlib.ExitStack()
+
+    # --- life ---
+
+    def run(self, announce: Callable[[dict[str, Any]], None]) -> None:
+        """Serve until a signal or the control API says stop. `announce` gets `describe()` when all is ready.
+
+        Raises ThinPoolError where the service could not start, with everything undone.
+        """
+        with self._closing, _signals(self._on_signal):
+            self._start()
+            announce(self.describe())
+            self._stop.wait()
+            log.info("stopping")
+
+    def _start(self) -> None:
+        settings = self._settings
+        self.pool = open_for_service(settings.location, read_only=settings.read_only)
+        self._closing.callback(self.pool.close)
+        if settings.default_export is not None and self.pool.catalog.by_name(settings.default_export) is None:
+            raise NoSuchDevice(settings.default_export, self.pool_path)
+        control = settings.location.control_path
+        if control is not None:
+            self._control = ControlServer(self, control)
+            self._closing.callback(self._control.close)
+        try:
+            self._server = Server(
+                PoolExports(self.pool, settings.default_export), tls=_tls(settings), log=log.warning
+            )
+            self._closing.callback(self._end_server)
+            self._listen()
+        except NbdError as error:
+            raise ServerStartFailed(str(error)) from error
+        self._server.start()
+        if control is not None:
+            self._control.start()
+        if settings.pid_file is not None:
+            self._write_pid_file(settings.pid_file)
+
+    def _listen(self) -> None:
+        settings = self._settings
+        path = settings.socket_path or settings.location.nbd_socket_path
+        sockets = []
+        if path is not None:
+            if len(os.fsencode(path)) <= ADDRESS_BYTES_MAX:
+                self._server.listen_unix(path, 0o600)
+            else:
+                self._server.adopt(listen(path, 0o600).detach())
+                self._closing.callback(path.unlink, missing_ok=True)
+            sockets.append(path)
+        tcp = [(host, self._server.listen_tcp(host, port)) for host, port in settings.listen]
+        if not sockets and not tcp:
+            raise ServerStartFailed(reason="a bare pool needs --socket or --listen")
+        self._addresses = Addresses(sockets, tcp, tls=settings.tls_certificates is not None)
+
+    def _end_server(self) -> None:
+        self.stopping = True
+        self._server.shutdown(self._grace_seconds)
+
+    def _write_pid_file(self, path: Path) -> None:
+        try:
+            path.write_text(f"{os.getpid()}\n", encoding="ascii")
+        except OSError as error:
+            raise ServerStartFailed(f"cannot write {path}: {error.strerror}") from error
+        self._closing.callback(_remove_pid_file, path)
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            log.info("SIGHUP: there is nothing to reload")
+            return
+        if self._stop.is_set():
+            self._grace_seconds = 0.0
+        self.request_stop(None)
+
+    # --- what the control API needs ---
+
+    def describe(self) -> dict[str, Any]:
+        """Who serves what, as JSON."""
+        names = [entry.name for entry in self.pool.catalog.entries()]
+        connections = [
+            {
+                "peer": info.peer,
+                "device": info.export,
+                "tls": info.tls,
+                "age_seconds": round(info.age_seconds, 3),
+            }
+            for info in self._server.connections()
+        ]
+        return {
+            "pool": self.pool_path,
+            "pid": os.getpid(),
+            "version": __version__,
+            "started": self._started.isoformat(timespec="seconds"),
+            "default_export": self._settings.default_export,
+            "sockets": [os.fsdecode(path) for path in self._addresses.sockets],
+            "tcp": [list(pair) for pair in self._addresses.tcp],
+            "uris": {name: self._addresses.uris(name) for name in sorted(names)},
+            "connections": connections,
+        }
+
+    def disconnect(self, name: str) -> int:
+        """Drop the NBD connections of a device."""
+        if self.pool.catalog.by_name(name) is None:
+            raise NoSuchDevice(name, self.pool_path)
+        return self._server.disconnect(name)
+
+    def request_stop(self, grace_seconds: float | None) -> None:
+        """Begin to stop; returns at once."""
+        if grace_seconds is not None:
+            self._grace_seconds = grace_seconds
+        self.stopping = True
+        self._stop.set()
+
+
+def open_for_service(location: PoolLocation, *, read_only: bool) -> Pool:
+    """Open the pool, waiting a moment for a command that has it. Raises PoolServed where a server has it."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return open_here(location, read_only=read_only)
+        except PoolBusy as busy:
+            try:
+                pid = PoolAccess(location).server()["pid"]
+            except ThinPoolError:
+                if time.monotonic() > deadline:
+                    raise busy from None
+            else:
+                raise PoolServed(str(location), int(pid)) from busy
+        time.sleep(RETRY_SECONDS)
+
+
+def _tls(settings: ServeSettings) -> ServerTls | None:
+    if settings.tls_certificates is None:
+        return None
+    return CertificateTls(
+        settings.tls_certificates, required=settings.tls_required, verify_peer=settings.tls_verify_peer
+    )
+
+
+@contextlib.contextmanager
+def _signals(handle: Callable[[int], None]) -> Any:
+    """Signals go to `handle` inside the block. Elsewhere than in the main thread they are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda received, _: handle(received)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _remove_pid_file(path: Path) -> None:
+    with contextlib.suppress(OSError):  # gone, or on a file system that is
+        if path.read_text(encoding="ascii").strip() == str(os.getpid()):
+            path.unlink()
