@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import time
@@ -76,6 +77,15 @@ def fill(uri: str, size_bytes: int, request: str = "64k") -> None:
     fio(uri, ("--rw=write", f"--bs={request}", "--iodepth=8", "--end_fsync=1"), size_bytes, None)
 
 
+def first_touch_list(path: Path, size_bytes: int) -> Path:
+    """Write the list fio replays for first touches: 4 KiB at the start of each 64 KiB block, blocks in random order."""
+    offsets = list(range(0, size_bytes, 64 << 10))
+    random.Random(size_bytes).shuffle(offsets)
+    lines = [f"disk write {offset} 4096" for offset in offsets]
+    path.write_text("\n".join(["fio version 2 iolog", "disk add", "disk open", *lines, "disk close", ""]))
+    return path
+
+
 def nbdcopy(source: str, destination: str, size_bytes: int) -> Figures:
     """Copy a whole export out to nothing, or a file in."""
     begun = time.monotonic()
@@ -120,4 +130,8 @@ def run(workload: Workload, uri: str, *, size_bytes: int, seconds: float, source
         return nbdcopy(str(source), uri, size_bytes)
     if workload.client in (Client.QEMU_IMG_READ, Client.QEMU_IMG_WRITE):
         return qemu_img_bench(uri, size_bytes, seconds, write=workload.client is Client.QEMU_IMG_WRITE)
-    return fio(uri, workload.fio, size_bytes, None if workload.one_pass else seconds)
+    options = workload.fio
+    if workload.first_touch:
+        replayed = first_touch_list(source.with_suffix(".iolog"), size_bytes)
+        options = (*options, f"--read_iolog={replayed}", "--replay_no_stall=1")
+    return fio(uri, options, size_bytes, None if workload.one_pass else seconds)

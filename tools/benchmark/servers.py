@@ -6,8 +6,10 @@ A server keeps the files of the states it has been in, so that coming back to on
 from __future__ import annotations
 
 import abc
+import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -120,8 +122,13 @@ class Server(abc.ABC):
 
     def usage(self) -> machine.Usage:
         """Return what the server has used so far."""
+        return machine.usage(self.pid)
+
+    @property
+    def pid(self) -> int:
+        """Root of the server's process tree."""
         assert self.process is not None
-        return machine.usage(self.process.pid)
+        return self.process.pid
 
     def stop(self) -> None:
         """End the server process; the files stay."""
@@ -187,7 +194,39 @@ class QemuRaw(RawServer):
 
 
 class NbdServer(RawServer):
+    """nbd-server forks twice: into the background, and once a connection. Only its pid file leads to it."""
+
     name, program = NBD_SERVER, "nbd-server"
+
+    @property
+    def pid(self) -> int:
+        return int((self.work / "pid").read_text())
+
+    @property
+    def runs(self) -> bool:
+        return (self.work / "pid").exists() and Path(f"/proc/{self.pid}").exists()
+
+    def start(self, command: list[str], environment: dict[str, str] | None = None) -> None:
+        self.socket.unlink(missing_ok=True)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False
+        )
+        deadline = time.monotonic() + 10
+        while not (self.runs and self._answers()):
+            if time.monotonic() > deadline:
+                message = f"{self.name} did not start: {(done.stderr or done.stdout).strip()[-600:]}"
+                raise ServerFailedError(message)
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        if self.runs:
+            pid = self.pid
+            os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        (self.work / "pid").unlink(missing_ok=True)
+        self.state = None
 
     def command(self, path: Path) -> list[str]:
         configuration = self.work / "nbd-server.conf"
@@ -199,7 +238,7 @@ class NbdServer(RawServer):
             f"[generic]\nunixsock = {self.socket}\nlistenaddr = 127.0.0.1\nport = {port}\n"
             f"[disk]\nexportname = {path}\nflush = true\nfua = true\ntrim = true\n"
         )
-        return ["nbd-server", "-n", "-C", str(configuration), "-p", str(self.work / "pid")]
+        return ["nbd-server", "-C", str(configuration), "-p", str(self.work / "pid")]
 
     @property
     def uri(self) -> str:
