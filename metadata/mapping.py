@@ -112,7 +112,14 @@ class MappingTree:
 
     def height(self, device_id: int) -> int:
         """Levels of a device's tree, 1 for a single leaf."""
-        node = read_node(self._transaction, self.device_root(device_id), 8)
+        return self._height(self.device_root(device_id))
+
+    def top_height(self) -> int:
+        """Levels of the top-level tree."""
+        return self._height(self.root)
+
+    def _height(self, root: int) -> int:
+        node = read_node(self._transaction, root, 8)
         levels = 1
         while not node.leaf:
             node = read_node(self._transaction, int(node.values[0]), 8, levels)

@@ -220,10 +220,15 @@ class PoolMetadata:
         )
 
     def delete_device(self, device_id: int) -> None:
-        """Remove a device and all mappings only it reached. Raises NoSuchDevice, MetadataFull."""
+        """Remove a device and all mappings only it reached.
+
+        Raises:
+            NoSuchDevice: there is no such device.
+            MetadataFull: many were deleted in this transaction; nothing has been changed, commit and try again.
+        """
         state = self._changing("delete a device")
         state.devices.get(device_id)
-        state.require_for_removal(device_id)
+        state.require_for_deletion()
         state.mapping.delete(device_id)
         state.devices.delete(device_id)
 
@@ -304,7 +309,7 @@ class PoolMetadata:
         begin, end = max(begin, 0), min(end, KEY_LIMIT)
         if begin >= end:
             return 0
-        state.require_for_removal(device_id)
+        state.require_for_removal(device_id, begin, end)
         removed = state.mapping.remove(device_id, begin, end)
         if removed:
             state.devices.set(replace(record, mapped_blocks=max(record.mapped_blocks - removed, 0)))

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from .block_cache import BlockCache
 from .btree import count_nodes
 from .devices import DeviceTable
@@ -28,7 +30,8 @@ _INDEX_LEAF_MIN = 56
 _DETAILS_LEAF_MIN = 42
 # A copied node makes at most 252 counts reach three; two and a bit overflow leaves hold them.
 _OVERFLOW_PER_SHARED_NODE = 3
-_DELETION_BLOCKS_MAX = 48
+_REMOVAL_BLOCKS = 48
+_DETAILS_PATH_BLOCKS = 6
 _TOP_LEVEL_BLOCKS = 8
 
 
@@ -83,9 +86,12 @@ class PoolState:
 
     @property
     def reserve(self) -> int:
-        """Blocks a commit might still have to allocate if everything allocated were deleted first."""
+        """Blocks a commit might still have to allocate if everything in the pool were deleted before it."""
+        return self._commit_blocks(0)
+
+    def _commit_blocks(self, new_data_blocks: int) -> int:
         data, metadata = self.data_space, self.metadata_space
-        bitmaps = min(bitmaps_for(data.counts.blocks), data.allocated) + data.missing_bitmaps
+        bitmaps = min(bitmaps_for(data.counts.blocks), data.allocated + new_data_blocks) + data.missing_bitmaps
         index_nodes = bitmaps // _INDEX_LEAF_MIN + 4
         metadata_map = bitmaps_for(metadata.counts.blocks) + 2
         overflow = self._nodes_of(data.overflow_root) + self._nodes_of(metadata.overflow_root)
@@ -104,25 +110,35 @@ class PoolState:
     def _details_nodes(self) -> int:
         return count_nodes(self.transaction, 24, self.devices.root)
 
-    def require(self, blocks: int, *, deletes: bool = False) -> None:
-        """Make sure an operation can allocate `blocks` and a commit is still possible.
+    def _deletion_blocks(self) -> int:
+        """What deleting one device allocates at most: its path in the top level and two neighbours a level."""
+        return 3 * self.mapping.top_height() + 1
 
-        Raises:
-            MetadataFull: it might not be; nothing has been changed.
-        """
-        kept = self.reserve
-        if not deletes:
-            kept += min(_DELETION_BLOCKS_MAX, self.metadata_space.counts.blocks // 8)
+    def _require(self, blocks: int, kept_blocks: int, new_data_blocks: int = 0) -> None:
+        kept = self._commit_blocks(new_data_blocks) + kept_blocks
         free = self.transaction.free_blocks
         if blocks + kept > free:
             raise MetadataFull(blocks, free, kept)
+
+    def require(self, blocks: int, new_data_blocks: int = 0) -> None:
+        """Room for an operation that adds something, leaving enough for a commit, a removal and a deletion.
+
+        Raises:
+            MetadataFull: there may not be enough; nothing has been changed.
+        """
+        removal = min(_REMOVAL_BLOCKS, self.metadata_space.counts.blocks // 8)
+        self._require(blocks, removal + self._kept_for_deletion(), new_data_blocks)
+
+    def _kept_for_deletion(self) -> int:
+        # Twice: while a metadata snapshot is held, the first deletion's copies are not paid back by its commit.
+        return 2 * (self._deletion_blocks() + _DETAILS_PATH_BLOCKS)
 
     def require_for_insert(self, device_id: int, count: int, touched: tuple[int, int]) -> None:
         """Room for inserting `count` mappings into a device, `touched` as `MappingTree.touched_nodes` gives it."""
         nodes, shared = touched
         grown = -(-count // 84) + 2
         grown += -(-grown // 84) + self.mapping.height(device_id)
-        self.require(nodes + grown + _TOP_LEVEL_BLOCKS + _OVERFLOW_PER_SHARED_NODE * (shared + 1))
+        self.require(nodes + grown + _TOP_LEVEL_BLOCKS + _OVERFLOW_PER_SHARED_NODE * (shared + 1), count)
         self._shared_copies += shared
 
     def require_for_device(self) -> None:
@@ -130,11 +146,20 @@ class PoolState:
         self.require(_TOP_LEVEL_BLOCKS + 2 * _OVERFLOW_PER_SHARED_NODE)
         self._shared_copies += 1
 
-    def require_for_removal(self, device_id: int) -> None:
-        """Room for removing a range: two edges and their neighbours, on every level."""
+    def require_for_removal(self, device_id: int, begin: int, end: int) -> None:
+        """Room for removing a range: the nodes on its two edges, and two neighbours of them on every level."""
         levels = self.mapping.height(device_id)
-        self.require(6 * levels + _TOP_LEVEL_BLOCKS, deletes=True)
-        self._shared_copies += 4 * levels
+        edges = np.unique(np.array([begin, end - 1], np.uint64))
+        nodes, shared = self.mapping.touched_nodes(device_id, edges)
+        shared += 2 * (levels - 1)
+        nodes += 2 * (levels - 1) + self._deletion_blocks()
+        self._require(nodes + _OVERFLOW_PER_SHARED_NODE * shared, self._kept_for_deletion())
+        self._shared_copies += shared
+
+    def require_for_deletion(self) -> None:
+        """Room for deleting a device; only ever lacking when the same transaction deleted others."""
+        self._require(self._deletion_blocks() + _DETAILS_PATH_BLOCKS + _OVERFLOW_PER_SHARED_NODE, 0)
+        self._shared_copies += 1
 
     # Commit
 
