@@ -53,9 +53,12 @@ log = logging.getLogger("thinpool")
 class Host(Protocol):
     """The service the API speaks for."""
 
-    pool: OperatedPool
     pool_path: str
     stopping: bool
+
+    @property
+    def pool(self) -> OperatedPool:
+        """The pool that is served."""
 
     def describe(self) -> dict[str, Any]:
         """Who serves what: a JSON object."""

@@ -1,11 +1,12 @@
 """Running a server in the background, such that the command that started it knows whether it came up.
 
-In: leaving the terminal, the session and the working directory; the report from the server to the waiting command. Out:
-what the server does (`service.py`).
+In: leaving the terminal, the session and the working directory; the report from the server to the waiting command.
+Out: what the server does (`service.py`).
 
-The command makes a pipe and forks before anything is opened and before any thread exists. The child forks once more, so it
-can never get a terminal again, detaches, starts the server and writes one line of JSON: what it announced, or the error that
-kept it from starting. A server that dies before it wrote anything closes the pipe, and the command says so.
+The command makes a pipe and forks before anything is opened and before any thread exists. The child forks once more,
+so that it can never get a terminal again, detaches, starts the server and writes one line of JSON: what it announced
+or the error that kept it from starting. A server that dies before it wrote anything closes the pipe, and the command
+says so.
 """
 
 from __future__ import annotations

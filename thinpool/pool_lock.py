@@ -68,7 +68,10 @@ class PoolLock:
 
 
 def current_holder(location: PoolLocation) -> PoolBusy | None:
-    """Return who has the pool open for writing now, as the error that says so. Raises PoolNotFound, NotAPool, OSError."""
+    """Return who has the pool open for writing now, as the error that would say so.
+
+    Raises PoolNotFound, NotAPool, OSError.
+    """
     try:
         PoolLock.acquire(location, shared=True).close()
     except PoolBusy as busy:

@@ -4,8 +4,8 @@ In: `thinpool serve` and everything it owns. Out: the protocol (`nbd`), the engi
 the background (`daemon.py`).
 
 Order of the end, so that no acknowledged write is lost and nobody meets half a server: NBD first (requests in flight
-finish, clients are disconnected), then the control socket goes, then the pool is committed and closed, then its lock goes.
-Whoever finds no control socket and a busy pool waits a moment (`pool_access.py`).
+finish, clients are disconnected), then the control socket goes, then the pool is committed and closed, then its lock
+goes. Whoever finds no control socket and a busy pool waits a moment (`pool_access.py`).
 """
 
 from __future__ import annotations
@@ -33,28 +33,12 @@ from .exports import PoolExports
 from .pool import Pool
 from .pool_access import BUSY_SECONDS, RETRY_SECONDS, PoolAccess, open_here
 from .pool_location import PoolLocation
+from .serve_settings import ServeSettings
 from .unix_sockets import ADDRESS_BYTES_MAX, listen
 
-GRACE_SECONDS = 5.0
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 -- recognised, not bound to
 
 log = logging.getLogger("thinpool")
-
-
-@dataclass(frozen=True, slots=True)
-class ServeSettings:
-    """What `thinpool serve` was asked for. Paths are absolute; `listen` holds (host, port) pairs."""
-
-    location: PoolLocation
-    socket_path: Path | None = None
-    listen: Sequence[tuple[str, int]] = ()
-    default_export: str | None = None
-    pid_file: Path | None = None
-    grace_seconds: float = GRACE_SECONDS
-    tls_certificates: Path | None = None
-    tls_required: bool = True
-    tls_verify_peer: bool = False
-    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +142,7 @@ class Service:
         try:
             path.write_text(f"{os.getpid()}\n", encoding="ascii")
         except OSError as error:
-            raise ServerStartFailed(f"cannot write {path}: {error.strerror}") from error
+            raise ServerStartFailed(reason=f"cannot write {path}: {error.strerror}") from error
         self._closing.callback(_remove_pid_file, path)
 
     def _on_signal(self, number: int) -> None:

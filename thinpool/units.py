@@ -30,7 +30,9 @@ def parse_size(text: str) -> int:
     if factor is None:
         raise BadSize(text, f"no unit is called {unit!r}; {EXAMPLES}")
     digits = fraction or ""
-    scaled, rest = divmod(int(whole + digits) * factor, 10 ** len(digits))
+    scaled, rest = divmod(int(whole + digits) * factor, int(10 ** len(digits)))
+    if sign == "+":
+        raise BadSize(text, "a size is absolute, it is not added to the present one")
     if sign == "-" and (scaled or rest):
         raise BadSize(text, "a size is not negative")
     if rest:
@@ -51,5 +53,5 @@ def _factor(unit: str) -> int | None:
     if not exponent:
         return None
     if lowered[1:] in ("", "i", "ib"):
-        return 1 << (10 * exponent)
-    return int(1000**exponent) if lowered[1:] == "b" else None
+        return 1 << 10 * exponent
+    return int(10 ** (3 * exponent)) if lowered[1:] == "b" else None

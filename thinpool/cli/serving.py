@@ -1,0 +1,145 @@
+"""Commands about the server: serve, stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from thinpool.daemon import ensure_standard_descriptors, run_detached
+from thinpool.pool_location import PoolLocation
+from thinpool.serve_settings import GRACE_SECONDS, ServeSettings
+from thinpool.wording import shown_path
+
+from .arguments import ENDPOINT, json_option, pool_command
+from .report import emit_json, warn
+
+if TYPE_CHECKING:
+    from thinpool.daemon import Announce
+
+LOG_NAME = "serve.log"
+
+
+@click.command(
+    "serve",
+    epilog="\b\nExamples:\n  thinpool serve /srv/pool\n  thinpool serve /srv/pool --detach --listen localhost:10809\n"
+    "  thinpool serve --metadata pool_tmeta --data pool_tdata --socket /run/pool.sock",
+)
+@click.option(
+    "--socket", "socket_path", type=click.Path(path_type=Path), help="Unix socket [default: POOL/nbd.sock]."
+)
+@click.option(
+    "--listen", type=ENDPOINT, multiple=True, help="Also listen on TCP. May be given several times."
+)
+@click.option("--default-export", metavar="NAME", help="The device that clients get who name none.")
+@click.option("--read-only", is_flag=True, help="Serve every device read-only.")
+@click.option("--detach", is_flag=True, help="Run in the background; returns when the server is ready.")
+@click.option("--pid-file", type=click.Path(path_type=Path), help="Write the process id there.")
+@click.option(
+    "--log-file", type=click.Path(path_type=Path), help=f"Log of --detach [default: POOL/{LOG_NAME}]."
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0, 3600),
+    default=GRACE_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time for requests in flight when the server stops.",
+)
+@click.option(
+    "--tls-certificates",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Do TLS: DIR holds server-cert.pem, server-key.pem, ca-cert.pem.",
+)
+@click.option("--tls-optional", is_flag=True, help="Let clients do without TLS.")
+@click.option("--tls-verify-peer", is_flag=True, help="Demand a certificate of that authority from clients.")
+@json_option
+@pool_command()
+def serve_command(
+    location: PoolLocation, *, detach: bool, log_file: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Serve a pool over NBD: every device is an export under its name.
+
+    Runs until SIGTERM or `thinpool stop`. Prints one NBD URI for each device and address; devices made later are
+    exported at once.
+    """
+    location.require()
+    settings = _settings(location.absolute(), options)
+
+    def serve(announce: Announce) -> None:
+        from thinpool.service import Service
+
+        _log_to_stderr()
+        Service(settings).run(announce)
+
+    if not detach:
+        ensure_standard_descriptors()
+        serve(lambda described: _print_served(described, as_json=as_json))
+        return
+    if log_file is None and settings.location.root is not None:
+        log_file = settings.location.root / LOG_NAME
+    described = run_detached(serve, None if log_file is None else log_file.absolute())
+    _print_served(described, as_json=as_json)
+
+
+def _settings(location: PoolLocation, options: dict[str, Any]) -> ServeSettings:
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
+
+    certificates = options["tls_certificates"]
+    if certificates is None and (options["tls_optional"] or options["tls_verify_peer"]):
+        raise click.UsageError(message="--tls-optional and --tls-verify-peer need --tls-certificates")
+    return ServeSettings(
+        location=location,
+        socket_path=absolute(options["socket_path"]),
+        listen=options["listen"],
+        default_export=options["default_export"],
+        pid_file=absolute(options["pid_file"]),
+        grace_seconds=options["grace"],
+        tls_certificates=absolute(certificates),
+        tls_required=not options["tls_optional"],
+        tls_verify_peer=options["tls_verify_peer"],
+        read_only=options["read_only"],
+    )
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s thinpool: %(message)s", force=True)
+
+
+def _print_served(described: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        emit_json({"server": described})
+        return
+    uris = [uri for of_device in described["uris"].values() for uri in of_device]
+    for uri in uris:
+        click.echo(uri)
+    if not uris:
+        where = [shown_path(path) for path in described["sockets"]]
+        where += [f"{host}:{port}" for host, port in described["tcp"]]
+        warn(f"serving on {', '.join(where)}; the pool has no devices yet")
+
+
+@click.command("stop", epilog="\b\nExample:\n  thinpool stop /srv/pool")
+@click.option(
+    "--grace", type=click.FloatRange(0, 3600), metavar="SECONDS", help="Time for requests in flight."
+)
+@json_option
+@pool_command(bare=False)
+def stop_command(location: PoolLocation, *, grace: float | None, as_json: bool) -> None:
+    """Stop the server of a pool and wait until the pool is closed.
+
+    Requests in flight are finished, clients are disconnected, everything is committed.
+    """
+    from thinpool.pool_access import PoolAccess
+
+    location.require()
+    pid = PoolAccess(location).client().stop(grace)
+    if as_json:
+        emit_json({"stopped": pid})
+    else:
+        click.echo(f"the server of {shown_path(location)} (process {pid}) has stopped")
