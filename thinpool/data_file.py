@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DataFileMissing, DataFileTooShort
@@ -26,6 +28,8 @@ PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO_RANGE_KEEP_SIZE = 0x10 | 0x01  # FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY})
 ZERO_PIECE_BYTES = 1 << 20
+
+Buffer = bytes | bytearray | memoryview
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -55,6 +59,8 @@ class DataFile:
         except FileNotFoundError:
             raise DataFileMissing(str(path)) from None
         self.is_block_device = stat.S_ISBLK(os.fstat(self.descriptor).st_mode)
+        # One write system call, short writes and all. The hot path calls it directly; fault tests replace it.
+        self.pwrite: Callable[[Buffer, int], int] = functools.partial(os.pwrite, self.descriptor)
         self.punches = writable
         self.zeroes_range = writable
         self._copies = True
@@ -105,14 +111,14 @@ class DataFile:
             done += got
         return buffer
 
-    def write(self, offset: int, data: memoryview | bytes | bytearray) -> None:
+    def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data`. Raises OSError; a part may have been written then."""
         length = len(data)
-        done = os.pwrite(self.descriptor, data, offset)
+        done = self.pwrite(data, offset)
         if done != length:
             rest = memoryview(data)
             while done < length:
-                done += os.pwrite(self.descriptor, rest[done:], offset + done)
+                done += self.pwrite(rest[done:], offset + done)
 
     def copy(self, source: int, target: int, length_bytes: int) -> None:
         """Copy inside the file; a file system with reflinks shares the extents instead."""

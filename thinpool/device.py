@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 UNMAP_SLICE_BLOCKS = 1 << 20
 EXTENTS_MAX = 1 << 15
 NOTHING = memoryview(b"")
+# Metadata blocks that inserting into one chunk (512 blocks) may take at most: eight leaves and what is above them
+# shadowed, three overflow nodes for each of these that was shared, and the new leaves.
+CHUNK_COST_BLOCKS = 48
 
 
 class ThinDevice:
@@ -50,6 +53,7 @@ class ThinDevice:
         self.contexts: dict[
             str, int
         ] = {}  # dirty-bitmap context -> device id of the snapshot it compares with
+        self._charged: set[int] = set()
         self._sessions_lock = Lock()
         blocks = -(-size_bytes // self.block_bytes)
         self.block_map = BlockMap(blocks, self._load)
@@ -118,6 +122,7 @@ class ThinDevice:
             return
         with self.lock:
             listed, self.pending = self.pending, []
+            self._charged.clear()
             keys, values = self.block_map.mapped(np.unique(np.array(listed, dtype=np.uint64)))
             if len(keys):
                 with self.engine.tree:
@@ -166,6 +171,10 @@ class ThinDevice:
         entry = entry_of(block, self.engine.time)
         self.block_map.entries[index] = entry
         self.pending.append(index)
+        chunk = index // CHUNK_BLOCKS
+        if chunk not in self._charged:
+            self._charged.add(chunk)
+            self.engine.charge_metadata(CHUNK_COST_BLOCKS)
         self.engine.committer.touch()
         return entry
 
@@ -201,6 +210,7 @@ class ThinDevice:
         if len(ours):
             self.block_map.restamp(ours, self.engine.time)
             self.pending.extend(ours.tolist())
+            self.engine.charge_metadata(CHUNK_COST_BLOCKS)
 
     def sharing_changed(self) -> None:
         """A device was deleted: what looked shared may be exclusive now."""

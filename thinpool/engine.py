@@ -35,9 +35,8 @@ from .reclaim import UNPINNED, Reclaimer
 
 COUNTS_PIECE = 1 << 14
 ZERO_VIEW_BYTES = 64 << 20
-# A mapping in a place of its own shadows a leaf and its path and touches a bitmap of each space map.
-METADATA_BLOCKS_PER_MAPPING = 4
-METADATA_RESERVE_BLOCKS = 64
+# Left alone beyond the metadata's own reserve: one removal and two deletions more.
+METADATA_SPARE_BLOCKS = 96
 READ_ONLY_REASON = "it was opened read-only, or needs a check first"
 
 Log = Callable[[str], None]
@@ -62,7 +61,7 @@ class Engine:
         self.reclaimer = Reclaimer(data, self.free, log)
         self.committer = Committer(self.commit_if_dirty, self.reclaim)
         self._log = log
-        self._mappable = self._budget()
+        self._room_blocks = self._room()
 
     # --- opening and closing ---
 
@@ -137,7 +136,7 @@ class Engine:
         freed = orphans if report is None else np.union1d(report.freed_data, orphans)
         self.reclaimer.add(freed)
         with self.tree:
-            self._mappable = self._budget()
+            self._room_blocks = self._room()
         return report
 
     def _unreferenced(self, blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -184,36 +183,48 @@ class Engine:
         """
         if self.failure is not None:
             raise OSError(errno.EIO, "the pool is read-only after a failed commit")
-        if self._mappable <= 0:
+        if self._room_blocks <= 0:
             raise OSError(errno.ENOSPC, "the metadata has no room for another mapping")
         block = self.free.allocate()
         if block < 0:
             raise OSError(errno.ENOSPC, "no data block is free")
-        self._mappable -= 1
         return block
 
-    def _budget(self) -> int:
-        """How many mappings may be made before the next commit, so that it cannot run out of metadata."""
-        return (
-            max(0, self.metadata.metadata_blocks_free - METADATA_RESERVE_BLOCKS)
-            // METADATA_BLOCKS_PER_MAPPING
-        )
+    def _room(self) -> int:
+        """Metadata blocks that new mappings may take, so that the commit that inserts them cannot run out."""
+        metadata = self.metadata
+        bitmaps = -(-metadata.data_blocks // 16320)
+        return metadata.metadata_blocks_free - metadata.metadata_reserve - bitmaps - METADATA_SPARE_BLOCKS
+
+    def charge_metadata(self, blocks: int) -> None:
+        """Take `blocks` off the room there is; what is too much is given back when mappings reach the tree."""
+        self._room_blocks -= blocks
 
     @property
     def can_map(self) -> bool:
         """Whether the metadata has room for more mappings."""
-        return self._mappable > 0
+        return self._room_blocks > 0
 
     def make_space(self) -> bool:
-        """Commit what frees blocks and hand them back; whether there is a free block now.
+        """See whether there is a free block, and metadata to map it, after all.
 
-        Called with no session lock held and nothing pinned by the caller.
+        First the estimate of the metadata is replaced by the truth, then what was freed is committed and handed
+        back. Called with no session lock held and nothing pinned by the caller.
         """
-        if self.free.free_blocks and self._mappable > 0:
+        with self.transaction:
+            if self.failure is not None or not self.writable:
+                return False
+            self.collect()
+            with self.tree:
+                self._room_blocks = self._room()
+        if self._has_space():
             return True
         self.commit_if_dirty()
         self.reclaim()
-        return self.free.free_blocks > 0 and self._mappable > 0
+        return self._has_space()
+
+    def _has_space(self) -> bool:
+        return self.free.free_blocks > 0 and self._room_blocks > 0
 
     def _scrub(self, first: int, count: int) -> None:
         offset, length = first * self.block_bytes, count * self.block_bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .catalog import CatalogEntry
-from .errors import ThinPoolError
+from .error_root import ThinPoolError
 from .session import Session
 
 if TYPE_CHECKING:

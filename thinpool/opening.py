@@ -28,6 +28,7 @@ SECTOR_BYTES = 512
 BLOCK_BYTES_STEP = 64 << 10  # dm-thin: data blocks are 64 KiB to 1 GiB, in steps of 64 KiB
 BLOCK_BYTES_MAX = 1 << 30
 METADATA_BLOCKS_MIN = 512
+METADATA_BLOCKS_DEFAULT_MIN = 16384
 METADATA_BLOCKS_MAX = 255 * 16320  # drivers/md/dm-thin-metadata.h, THIN_METADATA_MAX_SECTORS
 # A device found without a name is as long as its last mapping says, rounded to LVM's usual extent.
 UNNAMED_SIZE_STEP_BYTES = 4 << 20
@@ -36,8 +37,8 @@ log = logging.getLogger("thinpool")
 
 
 def default_metadata_bytes(data_blocks: int) -> int:
-    """Room for every block mapped in some five diverged devices, at LVM's 64 bytes a data block; sparse anyway."""
-    blocks = max(data_blocks * 64 // METADATA_BLOCK_BYTES, 4096)
+    """Four times LVM's 64 bytes a data block: the file is sparse, and running out is what hurts people."""
+    blocks = max(data_blocks * 256 // METADATA_BLOCK_BYTES, METADATA_BLOCKS_DEFAULT_MIN)
     return min(blocks, METADATA_BLOCKS_MAX) * METADATA_BLOCK_BYTES
 
 
@@ -200,8 +201,20 @@ def _reconcile(catalog: Catalog, metadata: PoolMetadata, block_bytes: int) -> No
         candidates = itertools.chain([plain], (f"{plain}.{number}" for number in itertools.count(2)))
         name = next(candidate for candidate in candidates if candidate not in names)
         names.add(name)
-        size_bytes = -(-(metadata.highest_mapped(device_id) + 1) * block_bytes // UNNAMED_SIZE_STEP_BYTES)
+        size_bytes = -(-(_highest_mapped(metadata, device_id) + 1) * block_bytes // UNNAMED_SIZE_STEP_BYTES)
         size_bytes = max(size_bytes, 1) * UNNAMED_SIZE_STEP_BYTES
         changes.append(Put(CatalogEntry(device_id, name, size_bytes, False, None, time.time(), {})))
     if changes:
         catalog.apply(changes)
+
+
+def _highest_mapped(metadata: PoolMetadata, device_id: int) -> int:
+    """The last mapped virtual block of a device, -1 when there is none: a binary search over the tree."""
+    low, high = -1, 1 << 64
+    while high - low > 1:
+        middle = (low + high) // 2
+        if next(iter(metadata.mappings(device_id, middle)), None) is None:
+            high = middle
+        else:
+            low = middle
+    return low

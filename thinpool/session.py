@@ -12,7 +12,6 @@ session's lock and without anything pinned, so a snapshot and the reclaimer neve
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -139,9 +138,8 @@ class Session:
     def _make_write(self) -> Callable[[int, memoryview], None]:
         device, engine = self.device, self._engine
         block_bytes = engine.block_bytes
-        entries, descriptor = device.block_map.entries, engine.data.descriptor
+        entries, pwrite = device.block_map.entries, engine.data.pwrite
         write_file, provision, ensure = engine.data.write, device.provision, device.ensure
-        pwrite = os.pwrite
 
         def write(offset: int, buffer: memoryview) -> None:
             index = offset // block_bytes
@@ -155,7 +153,7 @@ class Session:
                 provision(index, inside, buffer)
                 return
             at = ((entry >> 24) - 1) * block_bytes + inside
-            if pwrite(descriptor, buffer, at) != length:
+            if pwrite(buffer, at) != length:
                 write_file(at, buffer)
 
         def write_long(index: int, inside: int, buffer: memoryview) -> None:
