@@ -144,6 +144,17 @@ class TlsUnavailable(NbdError):
         return f"TLS cannot be set up: {self.why}"
 
 
+@dataclass(slots=True)
+class AddressInvalid(NbdError):
+    """A text that should be an NBD URI is none."""
+
+    uri: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.uri!r} is not a usable NBD URI: {self.why}"
+
+
 # Everything not named here is EIO. EDQUOT and EFBIG mean "no room" to whoever wrote.
 _FROM_HOST = {
     errno.EPERM: Errno.EPERM,
