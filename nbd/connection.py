@@ -9,6 +9,7 @@ import contextlib
 import socket
 import ssl
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ from .transmission import transmit
 _SOCKET_BUFFER_BYTES = 2 << 20
 _HANDSHAKE_RECEIVE_BYTES = 16 * 1024
 _LINGER_SECONDS = 1.0
-_TIMEVAL = struct.Struct("@ll")  # struct timeval is native by definition
+# struct timeval of a 64-bit system
+_TIMEVAL = struct.Struct("<qq" if sys.byteorder == "little" else ">qq")
 
 
 @dataclass(frozen=True, slots=True)

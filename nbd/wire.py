@@ -63,6 +63,7 @@ HOT_EXTENDED_REQUEST = struct.Struct(">QQQQ")
 HOT_SIMPLE_OK = struct.Struct(">QQ")  # (magic, no error), cookie
 HOT_STRUCTURED_DATA = struct.Struct(">QQIQ")  # (magic, flags, type), cookie, length, data offset
 HOT_STRUCTURED_HOLE = struct.Struct(">QQIQI")  # ..., hole size
+HOT_STRUCTURED_NONE = struct.Struct(">QQI")  # (magic, flags, type), cookie, no length
 HOT_EXTENDED_DATA = struct.Struct(
     ">QQQQQ"
 )  # (magic, flags, type), cookie, request offset, length, data offset
