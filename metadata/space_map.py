@@ -222,6 +222,7 @@ class MetadataSpaceMap:
         self._cache = cache
         self._root = root
         self._bitmaps = bitmaps_for(root.blocks)
+        self._placed: dict[int, int] = {}
         self.counts = CountTable("metadata", root.blocks, self._load)
         self.index = (
             decode_index(cache.raw(root.bitmap_root, BlockKind.INDEX), root.bitmap_root)
@@ -276,8 +277,7 @@ class MetadataSpaceMap:
         self._root = SpaceMapRoot(0, 0, index_location, overflow_root)
         self._overflow.root = overflow_root
         for chunk in range(bitmaps_for(self.counts.blocks)):
-            self.index.entries[chunk]["location"] = self.transaction.allocate()
-        self._bitmaps = bitmaps_for(self.counts.blocks)
+            self._placed[chunk] = self.transaction.allocate()
 
     def settle(self) -> SpaceMapRoot:
         """Rewrite everything that changed, to the fixpoint, and give the root for the superblock.
@@ -306,8 +306,10 @@ class MetadataSpaceMap:
         changed = {chunk for chunk in self.counts.touched() if self.counts.changed(chunk)}
         waiting = sorted((changed | set(range(self._bitmaps, wanted))) - moved)
         for chunk in waiting:
-            location = int(entries[chunk]["location"]) if chunk < self._bitmaps else 0
-            place = self.transaction.replace(location)[0] if location else self.transaction.allocate()
+            if chunk < self._bitmaps:
+                place, _ = self.transaction.replace(int(entries[chunk]["location"]))
+            else:
+                place = self._placed.pop(chunk, 0) or self.transaction.allocate()
             # The table's own memory, not a copy: encoded when the counts are final.
             self.transaction.put(place, Bitmap(self.counts.chunk(chunk)))
             entries[chunk]["location"] = place
