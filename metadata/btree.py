@@ -116,6 +116,12 @@ def leaves(
             stack.append(iter(node.values[first:last].tolist()))
 
 
+def last_key(source: NodeSource, value_bytes: int, root: int) -> int | None:
+    """The highest key of a tree, None when it is empty. Raises BlockDamaged."""
+    node = find_leaf(source, value_bytes, root, KEY_LIMIT - 1).node
+    return int(node.keys[-1]) if len(node.keys) else None
+
+
 def has_entries(source: NodeSource, value_bytes: int, root: int, begin: int, end: int) -> bool:
     """Whether any key lies in begin <= key < end. Raises BlockDamaged."""
     return next(leaves(source, value_bytes, root, begin, end), None) is not None

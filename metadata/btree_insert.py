@@ -24,6 +24,9 @@ from .btree_edit import TreeEditor
 from .layout import U64Array, ValueArray
 from .node import CAPACITY, Node, make_internal, make_leaf
 
+# Pouring less than this into a neighbour is not worth writing it (as in dm-btree.c).
+_POUR_MIN = 8
+
 
 @dataclass(slots=True)
 class _Pieces:
@@ -81,6 +84,8 @@ class TreeInserter:
         positions = node.keys.searchsorted(keys, "right").astype(np.int64) - 1
         np.maximum(positions, 0, out=positions)
         bounds = group_bounds(positions)
+        if len(bounds) == 2:
+            node = self._pour(node, int(positions[0]), keys, depth + 1)
         key_parts: list[U64Array] = []
         child_parts: list[U64Array] = []
         done = 0
@@ -99,6 +104,39 @@ class TreeInserter:
         return self._write(
             place, np.concatenate(key_parts), np.concatenate(child_parts), leaf=False, ascending=ascending
         )
+
+    def _pour(self, parent: Node, position: int, keys: U64Array, depth: int) -> Node:
+        """Before an append makes a leaf overflow, move its head into free room of the leaf to the left.
+
+        Small appends would otherwise leave leaves two thirds full. Returns the parent's changed content.
+        """
+        editor = self._editor
+        right = editor.node(int(parent.values[position]), depth)
+        count = len(right.keys)
+        if not position or not right.leaf or not count or keys[0] <= right.keys[-1]:
+            return parent
+        left_place = int(parent.values[position - 1])
+        left = editor.node(left_place, depth)
+        capacity = CAPACITY[right.values.dtype.itemsize]
+        moving = min(capacity - len(left.keys), count - 1)
+        if count + len(keys) <= capacity or moving < _POUR_MIN or editor.transaction.is_shared(left_place):
+            return parent
+        left_place, left = editor.shadow(left_place, depth)
+        right_place, right = editor.shadow(int(parent.values[position]), depth)
+        put = editor.transaction.put
+        head, tail = slice(None, moving), slice(moving, None)
+        put(
+            left_place,
+            make_leaf(
+                np.concatenate((left.keys, right.keys[head])),
+                np.concatenate((left.values, right.values[head])),
+            ),
+        )
+        put(right_place, make_leaf(right.keys[tail], right.values[tail]))
+        parent_keys, children = parent.keys.copy(), parent.values.copy()
+        parent_keys[position] = right.keys[moving]
+        children[position - 1], children[position] = left_place, right_place
+        return make_internal(parent_keys, children)
 
     def _into_leaf(self, place: int, node: Node, keys: U64Array, values: ValueArray) -> _Pieces:
         kind = self._editor.kind

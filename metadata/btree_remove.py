@@ -156,8 +156,20 @@ class TreeRemover:
             node = self._editor.node(suspect)
             if len(node.keys) >= node.minimum:
                 continue
-            position = int(np.flatnonzero(children.locations == suspect)[0])
-            self._join(children, max(position - 1, 0))
+            self._join(children, self._left_of_pair(children.locations, suspect))
+
+    def _left_of_pair(self, locations: U64Array, suspect: int) -> int:
+        """Position of the left one of `suspect` and the neighbour to join it with.
+
+        The left neighbour, unless only the right one spares us the copy of a shared node.
+        """
+        position = int(np.flatnonzero(locations == suspect)[0])
+        if position == 0:
+            return 0
+        shared = self._editor.transaction.is_shared
+        if position + 1 < len(locations) and shared(int(locations[position - 1])):
+            return position if not shared(int(locations[position + 1])) else position - 1
+        return position - 1
 
     def _join(self, children: _Children, left_position: int) -> None:
         """Merge two neighbouring children, or even them out if they do not fit one node."""

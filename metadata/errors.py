@@ -1,3 +1,4 @@
+# ruff: noqa: N818 -- the names say what happened; an Error suffix would add nothing
 """Everything that can go wrong in this package, as types whose fields hold the facts.
 
 In: `MetadataError` and its leaves; `Damage`, the closed list of what can be wrong with one block.

@@ -1,3 +1,4 @@
+# ruff: noqa: EM101, EM102, TRY003 -- what is passed to an error is a field, the sentence is made when it is printed
 """Making an empty pool.
 
 In: the first transaction of a pool's life. Out: sizing the metadata (the application's).

@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .btree import Leaf, child_position, find_leaf, has_entries, leaves, lookup, read_node
+from .btree import Leaf, child_position, find_leaf, has_entries, last_key, leaves, lookup, read_node
 from .btree_edit import TreeEditor
 from .btree_insert import TreeInserter, group_bounds
 from .btree_remove import TreeRemover
@@ -109,6 +109,10 @@ class MappingTree:
     def mappings(self, device_id: int, begin: int, end: int) -> Iterator[tuple[U64Array, U64Array]]:
         """Keys and values of a range, leaf by leaf."""
         return leaves(self._transaction, 8, self.device_root(device_id), begin, end)
+
+    def highest(self, device_id: int) -> int | None:
+        """The last mapped thin block, None when nothing is mapped."""
+        return last_key(self._transaction, 8, self.device_root(device_id))
 
     def height(self, device_id: int) -> int:
         """Levels of a device's tree, 1 for a single leaf."""

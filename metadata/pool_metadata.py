@@ -1,3 +1,4 @@
+# ruff: noqa: EM101, TRY003 -- what is passed to an error is a field, the sentence is made when it is printed
 """The metadata of one pool: the package's front door.
 
 In: every operation on a pool's metadata, as methods of `PoolMetadata`. Out: data, names, sizes of devices,
@@ -174,6 +175,11 @@ class PoolMetadata:
         return self._state.reserve
 
     @property
+    def metadata_room(self) -> int:
+        """Metadata blocks that operations which add something may still use; negative when none may."""
+        return self._state.room
+
+    @property
     def dirty(self) -> bool:
         """Whether there is something to commit."""
         return self._state.changed
@@ -261,6 +267,10 @@ class PoolMetadata:
         Nothing may change while the iterator is in use. Raises NoSuchDevice.
         """
         return self._state.mapping.mappings(device_id, max(begin, 0), min(end, KEY_LIMIT))
+
+    def highest_mapped(self, device_id: int) -> int | None:
+        """The last mapped thin block of a device, None when nothing is mapped. Raises NoSuchDevice."""
+        return self._state.mapping.highest(device_id)
 
     def insert(self, device_id: int, keys: U64Array, values: U64Array) -> None:
         """Map thin blocks, strictly ascending `keys`, to packed `values`; both shape (n,), uint64.

@@ -91,7 +91,9 @@ class PoolState:
 
     def _commit_blocks(self, new_data_blocks: int) -> int:
         data, metadata = self.data_space, self.metadata_space
-        bitmaps = min(bitmaps_for(data.counts.blocks), data.allocated + new_data_blocks) + data.missing_bitmaps
+        bitmaps = (
+            min(bitmaps_for(data.counts.blocks), data.allocated + new_data_blocks) + data.missing_bitmaps
+        )
         index_nodes = bitmaps // _INDEX_LEAF_MIN + 4
         metadata_map = bitmaps_for(metadata.counts.blocks) + 2
         overflow = self._nodes_of(data.overflow_root) + self._nodes_of(metadata.overflow_root)
@@ -126,8 +128,16 @@ class PoolState:
         Raises:
             MetadataFull: there may not be enough; nothing has been changed.
         """
+        self._require(blocks, self._kept_from_additions(), new_data_blocks)
+
+    @property
+    def room(self) -> int:
+        """Blocks `require` can grant now, disregarding the bitmaps of new data blocks."""
+        return self.transaction.free_blocks - self.reserve - self._kept_from_additions()
+
+    def _kept_from_additions(self) -> int:
         removal = min(_REMOVAL_BLOCKS, self.metadata_space.counts.blocks // 8)
-        self._require(blocks, removal + self._kept_for_deletion(), new_data_blocks)
+        return removal + self._kept_for_deletion()
 
     def _kept_for_deletion(self) -> int:
         # Twice: while a metadata snapshot is held, the first deletion's copies are not paid back by its commit.
@@ -136,7 +146,7 @@ class PoolState:
     def require_for_insert(self, device_id: int, count: int, touched: tuple[int, int]) -> None:
         """Room for inserting `count` mappings into a device, `touched` as `MappingTree.touched_nodes` gives it."""
         nodes, shared = touched
-        grown = -(-count // 84) + 2
+        grown = -(-count // 84) + 3
         grown += -(-grown // 84) + self.mapping.height(device_id)
         self.require(nodes + grown + _TOP_LEVEL_BLOCKS + _OVERFLOW_PER_SHARED_NODE * (shared + 1), count)
         self._shared_copies += shared

@@ -1,3 +1,4 @@
+# ruff: noqa: EM101 -- what is passed to an error is a field, the sentence is made when it is printed
 """The two space maps on disk: bitmaps found through an index, and an overflow tree for counts of three and more.
 
 In: reading committed counts, and rewriting what changed at commit. Out: the counts themselves (counts).

@@ -1,3 +1,4 @@
+# ruff: noqa: EM101, TRY003 -- what is passed to an error is a field, the sentence is made when it is printed
 """The one seam for metadata I/O: whole 4096-byte blocks in, whole blocks out.
 
 In: the `BlockStore` protocol, files and block devices, and a store in memory.

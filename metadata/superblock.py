@@ -1,3 +1,4 @@
+# ruff: noqa: EM101, EM102, TRY003 -- what is passed to an error is a field, the sentence is made when it is printed
 """The superblock: block 0, the only block ever overwritten in place, and its held copies.
 
 In: codec of the 4096 bytes and of the space map roots in it; acceptance rules on opening.
