@@ -25,6 +25,7 @@ class TlsLink:
         self._poll.register(activity.wake_descriptor, select.POLLIN)
         self._wakes = True
         self.receive: Callable[[memoryview], int] = self._receive
+        self.gather: Callable[[memoryview], int] = self._receive
         self.send_some: Callable[[list[Buffer]], int] = self._send_some
         activity.working.add(self)
 

@@ -54,12 +54,15 @@ from .wire import (
     hot_kind,
 )
 
-# Data chunks up to this size carry DONE themselves. Longer ones leave it to a NONE chunk behind them, so that a
-# fault while they are being sent can still be told to the client.
+# Data chunks up to this size carry DONE themselves. Longer ones leave it to a NONE chunk behind them, so that
+# a fault while they are being sent can still be told to the client.
 SELF_DONE_BYTES_MAX = 65536
 
 # Holes inside a read that are worth chunks of their own.
 _MIXED_HOLE_BYTES_MIN = 65536
+
+# After a batch with no more reply bytes than this, more requests may be let gather.
+_SHORT_REPLIES_BYTES_MAX = 16384
 
 # Remainders up to this size are moved to the front of the buffer without much thought.
 _SMALL_MOVE_BYTES = 8192
@@ -79,9 +82,9 @@ _EXTENDED_MORE = hot_kind(EXTENDED_REPLY_MAGIC, 0, ChunkType.OFFSET_DATA)
 _EXTENDED_HOLE = hot_kind(EXTENDED_REPLY_MAGIC, CHUNK_DONE, ChunkType.OFFSET_HOLE)
 _EXTENDED_NONE = hot_kind(EXTENDED_REPLY_MAGIC, CHUNK_DONE, ChunkType.NONE)
 
-# (reply buffers to append to, begin, end of the received bytes) to (new begin, reply bytes, bytes needed, failure).
-# Bytes needed: what must be in the buffer before the next call can do something; 0 where the request at the new
-# begin is not a plain one, or failed.
+# (reply buffers to append to, begin, end of the received bytes) to (new begin, reply bytes, bytes needed,
+# failure). Bytes needed: what must be in the buffer before the next call can do something; 0 where the
+# request at the new begin is not a plain one, or failed.
 Apply: TypeAlias = Callable[[list[Buffer], int, int], tuple[int, int, int, OSError | None]]
 
 
@@ -90,16 +93,17 @@ def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
 ) -> None:
     """Serve requests until the client is done.
 
-    Returns after DISC and at an end of the stream between two requests; raises ConnectionEnded where it ends inside
-    a request, RemoteProtocolError where the client breaks the framing, OSError where the stream fails.
+    Returns after DISC and at an end of the stream between two requests; raises ConnectionEnded where it ends
+    inside a request, RemoteProtocolError where the client breaks the framing, OSError where the stream fails.
     `executor.have` bytes are already in `executor.buffer` when this is called.
     """
-    receive, send_some, finish, sent = link.receive, link.send_some, link.finish, terms.session.sent
+    receive, gather, send_some, finish = link.receive, link.gather, link.send_some, link.finish
+    sent = terms.session.sent
     view, capacity = executor.view, len(executor.buffer)
     head = EXTENDED_REQUEST.size if terms.extended else REQUEST.size
     kind = _extended if terms.extended else _structured if terms.structured else _simple
     apply = kind(terms, executor, min(link.fast_read_max, terms.read_bytes_max), limits.batch_bytes)
-    pos, have, need = 0, executor.have, head
+    pos, have, need, total = 0, executor.have, head, 0
     while True:
         while need > have - pos:
             if pos:
@@ -110,7 +114,12 @@ def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
                     view[:rest] = view[pos:have]
                     pos, have = 0, rest
             # A large write is received to its end and no further, so that what follows need not be moved.
-            count = receive(view[have : pos + need] if need > SELF_DONE_BYTES_MAX else view[have:])
+            if need > SELF_DONE_BYTES_MAX:
+                count = receive(view[have : pos + need])
+            elif total <= _SHORT_REPLIES_BYTES_MAX:
+                count = gather(view[have:])
+            else:
+                count = receive(view[have:])
             if not count:
                 if have > pos:
                     raise ConnectionEnded
@@ -126,14 +135,8 @@ def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
                 count = send_some(parts) if len(parts) <= IOV_MAX else 0
                 if count != total:
                     finish(parts, count, sent)
-            except BlockingIOError:  # the client has taken nothing for some seconds
-                _finish(link, Batch(parts, 0, view[first:pos]), executor)
-            except SendFault as fault:
-                recover(Batch(parts, fault.sent, view[first:pos]), executor)
-            except OSError as error:
-                if error.errno != errno.EFAULT:
-                    raise
-                recover(Batch(parts, 0, view[first:pos]), executor)
+            except (SendFault, OSError) as problem:
+                _repair(problem, link, Batch(parts, 0, view[first:pos]), executor)
         sent()
         if not need or need > capacity:
             try:
@@ -143,11 +146,19 @@ def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
             need = head
 
 
-def _finish(link: Link, batch: Batch, executor: Executor) -> None:
-    try:
-        link.finish(batch.parts, 0, executor.terms.session.sent)
-    except SendFault as fault:
-        recover(Batch(batch.parts, fault.sent, batch.requests), executor)
+def _repair(problem: SendFault | OSError, link: Link, batch: Batch, executor: Executor) -> None:
+    """Go on after a send that failed: it stalled, or the data could not be read. Other failures are raised."""
+    if isinstance(problem, BlockingIOError):  # the client has taken nothing for some seconds
+        try:
+            link.finish(batch.parts, 0, executor.terms.session.sent)
+        except SendFault as fault:
+            recover(Batch(batch.parts, fault.sent, batch.requests), executor)
+    elif isinstance(problem, SendFault):
+        recover(Batch(batch.parts, problem.sent, batch.requests), executor)
+    elif problem.errno == errno.EFAULT:
+        recover(batch, executor)
+    else:
+        raise problem
 
 
 def _nothing(parts: list[Buffer], pos: int, have: int) -> tuple[int, int, int, OSError | None]:
@@ -156,8 +167,8 @@ def _nothing(parts: list[Buffer], pos: int, have: int) -> tuple[int, int, int, O
     return pos, 0, 0, None
 
 
-# The three functions below are one loop, written out for each form of reply. They differ in layouts only; a common
-# function with a branch or a call in it costs a tenth of the throughput.
+# The three functions below are one loop, written out for each form of reply. They differ in layouts only; a
+# common function with a branch or a call in it costs a tenth of the throughput.
 
 
 def _simple(terms: Terms, executor: Executor, read_max: int, batch_bytes: int) -> Apply:
