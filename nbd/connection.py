@@ -256,7 +256,6 @@ class Connection:
             self._close_politely()
         finally:
             link.close()
-            executor.close()
 
     def _close_politely(self) -> None:
         """End our side, give the client a moment to take in the last replies, then let go."""

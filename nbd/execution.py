@@ -12,7 +12,15 @@ from .activity import Activity
 from .block_status import FILTER_BYTES_MAX, BlockStatus, decode_filter
 from .constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag, Errno
 from .device import Buffer
-from .errors import DataLost, EndOfRequests, RemoteProtocolError, RequestError, SendFault, wire_errno
+from .errors import (
+    ConnectionEnded,
+    DataLost,
+    EndOfRequests,
+    RemoteProtocolError,
+    RequestError,
+    SendFault,
+    wire_errno,
+)
 from .limits import KIB, Limits
 from .link import Link
 from .payload_memory import PayloadMemory
@@ -57,14 +65,12 @@ class Executor:
         self._writing = Writing(terms, memory, limits)
         self.read = self._reading.copy_into if link.copies else terms.session.read
 
-    def close(self) -> None:
-        """Release the receive buffer."""
-        self.view.release()
-        self.buffer.close()
-
     def send(self, parts: list[Buffer]) -> None:
         """Send buffers completely; data that came from the session is pinned until then."""
-        self._link.finish(parts, 0, self._session.sent)
+        try:
+            self._link.finish(parts, 0, self._session.sent)
+        except OSError as error:  # the stream's, not the device's
+            raise ConnectionEnded from error
 
     def handle(self, pos: int, have: int, failure: OSError | None) -> tuple[int, int]:
         """Deal with the request at `pos` of the receive buffer; return the new bounds of what is in the buffer.
@@ -126,8 +132,6 @@ class Executor:
                 return self._block_status(request, payload)
             self._modify(request, payload)
         except OSError as error:
-            if isinstance(error, ConnectionError):
-                raise
             raise RequestError(
                 wire_errno(error, command, fast_only=fast_only), error.strerror or str(error)
             ) from None

@@ -341,7 +341,7 @@ class Negotiation:
         query = decode_context_query(data, self._limits.queries_max)
         if query is not None:
             self._queries += len(query.queries)
-        if query is None or self._queries > self._limits.queries_max:
+        if query is None or (query.queries and self._queries > self._limits.queries_max):
             raise _Refused(OptionReply.ERR_TOO_BIG, f"more than {self._limits.queries_max} queries")
         return query
 

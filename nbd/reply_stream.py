@@ -68,6 +68,11 @@ class ReplyStream:
         """Number of requests without a complete reply."""
         return len(self._waiting)
 
+    @property
+    def unread(self) -> int:
+        """Number of bytes received that belong to no finished reply."""
+        return len(self._buffer)
+
     def expect(self, cookie: int, command: int, offset: int, length: int) -> None:
         """Announce a request that is being sent."""
         data = bytearray(length) if command == Command.READ else bytearray()

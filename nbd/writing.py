@@ -83,7 +83,10 @@ class PayloadStream:
             self.piece(min(self._left, _PIECE_BYTES, len(self._view)))
 
     def _more(self, target: memoryview) -> int:
-        count = self._receive(target)
+        try:
+            count = self._receive(target)
+        except OSError as error:  # the stream's, not the device's
+            raise ConnectionEnded from error
         if not count:
             raise ConnectionEnded
         return count
