@@ -1,0 +1,250 @@
+"""The history of a simulated disk: one totally ordered list of events over sectors whose contents are numbered.
+
+In: numbering of sector contents, the events, the images that a power cut may leave. Out: who makes the events
+(`simulated_disk`) and what an image must show (`crash_oracle`).
+
+Theory of operation. Every 512-byte content that was ever written is interned once and known by a number from then
+on; number 0 is 512 zero bytes. An image of a file is an array of such numbers, one per sector, so that copying a
+whole image costs microseconds, comparing two is one numpy operation, and the bytes are made only when somebody wants
+to open the image. `Replay` walks the events and keeps what is durable for sure (everything flushed) apart from what
+is pending; an image after a cut is the durable one with any subset of the pending sectors laid over it, in the order
+they were written: for each sector the old content or any of its pending versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum, auto
+from functools import lru_cache
+
+import numpy as np
+
+SECTOR_BYTES = 512
+ZERO_SECTOR = bytes(SECTOR_BYTES)
+_POSITIONS_MAX = 1 << 20
+_POSITION_FACTORS = np.random.Generator(np.random.PCG64(20)).integers(1, 2**63, _POSITIONS_MAX, np.uint64) | 1
+
+
+@lru_cache(maxsize=1024)
+def digest_of(data: bytes) -> int:
+    """64 bits of a hash that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class Kind(IntEnum):
+    """What an event is."""
+
+    WRITE = auto()  # file, first sector, contents
+    SIZE = auto()  # file, sectors: the file's length changed (durable with the file's next flush)
+    FLUSH = auto()  # file: everything written to it before is durable
+    LOST_FLUSH = auto()  # file: the flush failed; what was pending may or may not ever arrive
+    CATALOG = auto()  # the catalogue's durable state from here on (SQLite transactions are atomic)
+    MARK = auto()  # something the oracle must know
+
+
+class File(IntEnum):
+    METADATA = 0
+    DATA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    kind: Kind
+    file: File = File.DATA
+    first: int = 0
+    contents: np.ndarray | None = None
+    payload: object = None
+
+
+class Contents:
+    """Numbers for sector contents. Equal bytes have equal numbers."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {ZERO_SECTOR: 0}
+        self.table: list[bytes] = [ZERO_SECTOR]
+        self._digests = [0x9E3779B97F4A7C15]
+
+    def intern(self, data: bytes) -> np.ndarray:
+        """Numbers of consecutive sectors; `data` is whole sectors. Shape (sectors,), int32."""
+        count, rest = divmod(len(data), SECTOR_BYTES)
+        assert not rest
+        if not data.strip(b"\0"):
+            return np.zeros(count, np.int32)
+        numbers = self._numbers
+        found = []
+        for at in range(0, len(data), SECTOR_BYTES):
+            piece = data[at : at + SECTOR_BYTES]
+            number = numbers.get(piece)
+            if number is None:
+                number = numbers[piece] = len(self.table)
+                self.table.append(piece)
+                self._digests.append(digest_of(piece))
+            found.append(number)
+        return np.array(found, np.int32)
+
+    def bytes_of(self, numbers: np.ndarray) -> bytes:
+        """The bytes of consecutive sectors."""
+        table = self.table
+        return b"".join([table[number] for number in numbers.tolist()])
+
+    def digests(self) -> np.ndarray:
+        """A 64-bit digest by number; for counting distinct images."""
+        return np.array(self._digests, np.uint64)
+
+
+@dataclass(slots=True)
+class FileImage:
+    """One file: contents by sector. `sectors` is its length, the array may be longer."""
+
+    contents: np.ndarray
+    sectors: int
+
+    def copy(self) -> FileImage:
+        return FileImage(self.contents.copy(), self.sectors)
+
+    def put(self, first: int, contents: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Lay sectors over the image; `mask` says which of them."""
+        end = first + len(contents)
+        if end > len(self.contents):
+            longer = np.zeros(max(end, len(self.contents) * 3 // 2), np.int32)
+            longer[: len(self.contents)] = self.contents
+            self.contents = longer
+        if mask is None:
+            self.contents[first:end] = contents
+        else:
+            span = self.contents[first:end]
+            span[mask] = contents[mask]
+
+
+@dataclass(slots=True)
+class Image:
+    """What is on the disk: both files and the catalogue."""
+
+    files: tuple[FileImage, FileImage]
+    catalog: object
+
+    @property
+    def metadata(self) -> FileImage:
+        return self.files[File.METADATA]
+
+    @property
+    def data(self) -> FileImage:
+        return self.files[File.DATA]
+
+    def copy(self) -> Image:
+        return Image((self.files[0].copy(), self.files[1].copy()), self.catalog)
+
+    def digest(self, digests: np.ndarray) -> int:
+        """64 bits that differ where the contents do, whatever history led to them."""
+        total = np.uint64(digest_of(repr(self.catalog).encode()))
+        for number, file in enumerate(self.files):
+            kept = file.contents[: file.sectors]
+            factors = _POSITION_FACTORS[number * (_POSITIONS_MAX // 2) :][: len(kept)]
+            with np.errstate(over="ignore"):
+                total = total * np.uint64(3) + np.sum(digests[kept] * factors, dtype=np.uint64)
+        return int(total)
+
+
+@dataclass(slots=True)
+class Pending:
+    """A write that no flush covers yet. `lost`: a flush that should have covered it failed."""
+
+    event: Event
+    mask: np.ndarray | None = None
+    lost: bool = False
+
+
+@dataclass(slots=True)
+class Replay:
+    """The disk after the first events of a history: `durable`, and what is pending by file."""
+
+    durable: Image
+    pending: tuple[list[Pending], list[Pending]] = field(default_factory=lambda: ([], []))
+
+    def apply(self, event: Event) -> None:
+        """Go on by one event."""
+        if event.kind in (Kind.WRITE, Kind.SIZE):
+            self.pending[event.file].append(Pending(event))
+        elif event.kind is Kind.FLUSH:
+            self._flush(event.file)
+        elif event.kind is Kind.LOST_FLUSH:
+            for pending in self.pending[event.file]:
+                pending.lost = True
+        elif event.kind is Kind.CATALOG:
+            self.durable.catalog = event.payload
+
+    def _flush(self, file: File) -> None:
+        image, kept = self.durable.files[file], []
+        for pending in self.pending[file]:
+            if pending.lost:
+                kept.append(pending)
+                continue
+            _lay(image, pending.event)
+            for lost in kept:
+                _hide(lost, pending.event)
+        self.pending[file][:] = kept
+
+    def waiting(self) -> Iterator[Pending]:
+        """All pending writes, oldest first within each file."""
+        yield from self.pending[0]
+        yield from self.pending[1]
+
+    @property
+    def waiting_sectors(self) -> int:
+        return sum(1 if p.event.contents is None else len(p.event.contents) for p in self.waiting())
+
+    def latest(self) -> Image:
+        """Everything written arrived: what a kill of the process alone leaves."""
+        image = self.durable.copy()
+        for pending in self.waiting():
+            _lay(image.files[pending.event.file], pending.event, pending.mask)
+        return image
+
+    def cut(self, random: np.random.Generator, share: float, *, torn: bool) -> Image:
+        """A power cut: each pending sector (or, unless `torn`, each write) arrived with probability `share`."""
+        image = self.durable.copy()
+        for pending in self.waiting():
+            event, file = pending.event, image.files[pending.event.file]
+            if event.contents is None or not torn:
+                if random.random() < share:
+                    _lay(file, event, pending.mask)
+                continue
+            arrived = random.random(len(event.contents)) < share
+            if pending.mask is not None:
+                arrived &= pending.mask
+            file.put(event.first, event.contents, arrived)
+        return image
+
+    def cut_one(self, random: np.random.Generator, *, only: bool) -> Image:
+        """A power cut with one write singled out: it alone arrived (`only`), or all others did."""
+        waiting = list(self.waiting())
+        chosen = waiting[int(random.integers(len(waiting)))]
+        image = self.durable.copy()
+        for pending in waiting:
+            if (pending is chosen) == only:
+                _lay(image.files[pending.event.file], pending.event, pending.mask)
+        return image
+
+
+def _lay(image: FileImage, event: Event, mask: np.ndarray | None = None) -> None:
+    if event.contents is None:
+        assert isinstance(event.payload, int)
+        image.sectors = event.payload
+        image.put(event.payload, np.zeros(0, np.int32))
+    else:
+        image.put(event.first, event.contents, mask)
+
+
+def _hide(lost: Pending, newer: Event) -> None:
+    """What a failed flush left in doubt cannot come back over what is durable since."""
+    contents = lost.event.contents
+    if contents is None or newer.contents is None:
+        return
+    low = max(newer.first - lost.event.first, 0)
+    high = min(newer.first + len(newer.contents) - lost.event.first, len(contents))
+    if low < high:
+        if lost.mask is None:
+            lost.mask = np.ones(len(contents), np.bool_)
+        lost.mask[low:high] = False

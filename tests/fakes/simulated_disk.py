@@ -1,0 +1,320 @@
+"""A simulated disk under a whole pool: metadata, data and catalogue, every change recorded in one order.
+
+Which faults it may suffer, and why recovery must work all the same:
+
+* **Metadata blocks** may be lost, torn at 512-byte sectors and reordered until a flush of the metadata returns.
+  Recovery works because a committed superblock never names a block written after the flush before it, and nothing
+  that a committed superblock names is ever overwritten.
+* **The superblock** may be lost or old after the cut, torn like everything else. All that ever changes in it lies in
+  its first sector, so it is the old one or the new one.
+* **Data sectors** may be lost, torn and reordered until a flush of the data returns, holes punched included.
+  Recovery works because data is flushed before the metadata that names it, and a block the committed metadata
+  names is never given to anybody else.
+* **File lengths** change with the next flush of that file.
+* **The catalogue** is SQLite's business: its transactions are taken to be atomic and durable when they return. A
+  cut falls before one or after it, never inside (tests/crash kills real processes inside them).
+* **Any operation** can fail or come out short, by `before`: a hook that is asked before each one. A failed flush
+  leaves what it should have covered in doubt for ever, which is what Linux does.
+
+The engine above is the real one. The data file is a memfd, so replies are still sent from a memory map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from metadata import BLOCK_BYTES, ShortRead, format_pool
+from thinpool import opening
+from thinpool.catalog import MEMORY, Catalog
+from thinpool.data_file import DataFile
+from thinpool.pool import Pool
+from tests.fakes.disk_history import SECTOR_BYTES, Contents, Event, File, FileImage, Image, Kind
+
+BLOCK_SECTORS = BLOCK_BYTES // SECTOR_BYTES
+# What `before` is told: "metadata read", "data write", ... It may raise OSError, or return how many bytes to do.
+Before = Callable[[str, int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedLocation:
+    """What opening a pool asks a `PoolLocation` for."""
+
+    metadata_path: Path
+    data_path: Path
+    has_catalog: bool = True
+    catalog_path: Path = Path("/dev/null")  # something that exists
+
+    def __str__(self) -> str:
+        return "simulated pool"
+
+
+class SimulatedDisk:
+    """Files in memory, and the history of what happened to them.
+
+    `image` is where history begins; None makes an empty disk of the given sizes, all zeros.
+    """
+
+    def __init__(self, contents: Contents, image: Image | None = None, *, metadata_blocks: int = 0) -> None:
+        self.contents = contents
+        self.events: list[Event] = []
+        self.before: Before | None = None
+        if image is None:
+            sectors = metadata_blocks * BLOCK_SECTORS
+            empty = FileImage(np.zeros(sectors, np.int32), sectors), FileImage(np.zeros(0, np.int32), 0)
+            image = Image(empty, None)
+        self.start = image
+        self.catalog_state = image.catalog
+        self.metadata = self._make("metadata", image.metadata)
+        self.data = self._make("data", image.data)
+        self.location = SimulatedLocation(
+            Path(f"/proc/self/fd/{self.metadata}"), Path(f"/proc/self/fd/{self.data}")
+        )
+
+    def _make(self, name: str, image: FileImage) -> int:
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, image.sectors * SECTOR_BYTES)
+        used = np.flatnonzero(image.contents[: image.sectors])
+        if len(used):
+            for run in np.split(used, np.flatnonzero(np.diff(used) != 1) + 1):
+                first, end = int(run[0]), int(run[-1]) + 1
+                content = self.contents.bytes_of(image.contents[first:end])
+                os.pwrite(descriptor, content, first * SECTOR_BYTES)
+        return descriptor
+
+    @classmethod
+    def nowhere(cls) -> SimulatedDisk:
+        """A disk without files, for a catalogue whose changes are of no interest."""
+        disk = cls.__new__(cls)
+        disk.events, disk.before, disk.catalog_state = [], None, None
+        return disk
+
+    def close(self) -> None:
+        """Free the memory."""
+        os.close(self.metadata)
+        os.close(self.data)
+
+    # --- recording ---
+
+    def ask(self, operation: str, count: int = 0) -> int:
+        """Let the hook see, fail or shorten an operation; returns how many bytes to do."""
+        return count if self.before is None else self.before(operation, count)
+
+    def wrote(self, file: File, offset: int, length: int) -> None:
+        """Record that bytes changed: the sectors they lie in, as they are now."""
+        descriptor = self.metadata if file is File.METADATA else self.data
+        first, end = offset // SECTOR_BYTES, -(-(offset + length) // SECTOR_BYTES)
+        now = os.pread(descriptor, (end - first) * SECTOR_BYTES, first * SECTOR_BYTES)
+        now += bytes((end - first) * SECTOR_BYTES - len(now))
+        self.events.append(Event(Kind.WRITE, file, first, self.contents.intern(now)))
+
+    def flushed(self, file: File) -> None:
+        self.events.append(Event(Kind.FLUSH, file))
+
+    def resized(self, file: File, length: int) -> None:
+        self.events.append(Event(Kind.SIZE, file, payload=length // SECTOR_BYTES))
+
+    def mark(self, what: object) -> None:
+        """Record something for the oracle."""
+        self.events.append(Event(Kind.MARK, payload=what))
+
+    def flush(self, file: File, operation: str) -> None:
+        try:
+            self.ask(operation)
+        except OSError:
+            self.events.append(Event(Kind.LOST_FLUSH, file))
+            raise
+        self.flushed(file)
+
+    # --- the pool on it ---
+
+    def format(self, *, data_blocks: int, block_bytes: int = 65536) -> None:
+        """Make an empty pool, everything durable."""
+        os.ftruncate(self.data, data_blocks * block_bytes)
+        self.resized(File.DATA, data_blocks * block_bytes)
+        self.flushed(File.DATA)
+        store = SimulatedStore(self)
+        format_pool(store, data_block_sectors=block_bytes // SECTOR_BYTES, data_blocks=data_blocks)
+        SimulatedCatalog.begin(self).close()
+
+    def open(self, *, read_only: bool = False) -> Pool:
+        """Open the pool with the real opening code; the periodic commit never starts."""
+        with self._in_place():
+            location: object = self.location
+            pool = opening._open_locked(location, _NoLock(), read_only)  # type: ignore[arg-type]
+        pool.engine.committer.start = lambda: None  # type: ignore[method-assign]
+        return pool
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """The simulated files in place of the real ones, while the pool is being opened."""
+
+        def data_file(_path: Path, *, block_bytes: int, blocks: int, writable: bool) -> SimulatedData:
+            return SimulatedData(self, block_bytes=block_bytes, blocks=blocks, writable=writable)
+
+        with mock.patch.multiple(
+            opening,
+            FileStore=lambda _path, *, writable: SimulatedStore(self, writable=writable),
+            DataFile=data_file,
+            Catalog=SimulatedCatalogs(self),
+        ):
+            yield
+
+
+class _NoLock:
+    def close(self) -> None:
+        pass
+
+
+class SimulatedStore:
+    """The metadata file as `metadata.BlockStore`."""
+
+    def __init__(self, disk: SimulatedDisk, *, writable: bool = True) -> None:
+        self._disk = disk
+        self._writable = writable
+        self._size = os.fstat(disk.metadata).st_size
+
+    def read(self, first: int, count: int) -> bytes:
+        wanted = self._disk.ask("metadata read", count * BLOCK_BYTES)
+        data = os.pread(self._disk.metadata, wanted, first * BLOCK_BYTES)
+        if len(data) < count * BLOCK_BYTES:
+            raise ShortRead(first, count, len(data))
+        return data
+
+    def write(self, first: int, data: bytes) -> None:
+        assert self._writable
+        allowed = self._disk.ask("metadata write", len(data))
+        os.pwrite(self._disk.metadata, data[:allowed], first * BLOCK_BYTES)
+        self._disk.wrote(File.METADATA, first * BLOCK_BYTES, allowed)
+        if allowed < len(data):  # as FileStore does: the rest is another system call
+            self._disk.ask("metadata write", len(data) - allowed)
+            os.pwrite(self._disk.metadata, data[allowed:], first * BLOCK_BYTES + allowed)
+            self._disk.wrote(File.METADATA, first * BLOCK_BYTES + allowed, len(data) - allowed)
+
+    def flush(self) -> None:
+        self._disk.flush(File.METADATA, "metadata flush")
+
+    def size_blocks(self) -> int:
+        # Growing truncates the file behind our back; this is the first anybody can know of it.
+        size = os.fstat(self._disk.metadata).st_size
+        if size != self._size:
+            self._disk.resized(File.METADATA, size)
+            self._size = size
+        return size // BLOCK_BYTES
+
+    def close(self) -> None:
+        pass
+
+
+class SimulatedData(DataFile):
+    """The data file: everything that changes it is recorded, copies go through reads and writes."""
+
+    def __init__(self, disk: SimulatedDisk, *, block_bytes: int, blocks: int, writable: bool) -> None:
+        super().__init__(disk.location.data_path, block_bytes=block_bytes, blocks=blocks, writable=writable)
+        self._disk = disk
+        self._copies = False
+        self.zeroes_range = False
+        self.pwrite = self._pwrite
+
+    def _pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> int:
+        allowed = self._disk.ask("data write", len(data))
+        done = os.pwrite(self.descriptor, memoryview(data)[:allowed], offset)
+        self._disk.wrote(File.DATA, offset, done)
+        return done
+
+    def read(self, offset: int, length_bytes: int) -> bytearray:
+        if self._disk.ask("data read", length_bytes) < length_bytes:
+            length_bytes_left = self._disk.ask("data read", length_bytes)  # the second half of a short read
+            assert length_bytes_left >= 0
+        return super().read(offset, length_bytes)
+
+    def punch(self, offset: int, length_bytes: int) -> bool:
+        if self.punches:
+            self._disk.ask("data punch", length_bytes)
+        done = super().punch(offset, length_bytes)
+        if done:
+            self._disk.wrote(File.DATA, offset, length_bytes)
+        return done
+
+    def grow(self, blocks: int) -> None:
+        before = self.size_bytes()
+        self._disk.ask("data grow")
+        super().grow(blocks)
+        if self.size_bytes() != before:
+            self._disk.resized(File.DATA, self.size_bytes())
+            self._disk.flushed(File.DATA)  # DataFile.grow does it itself
+
+    def flush(self) -> None:
+        self._disk.flush(File.DATA, "data flush")
+
+
+class SimulatedCatalog(Catalog):
+    """The real catalogue over SQLite in memory; after each transaction its rows are the durable state."""
+
+    disk: SimulatedDisk
+
+    @classmethod
+    def begin(cls, disk: SimulatedDisk) -> SimulatedCatalog:
+        """An empty catalogue, durable."""
+        catalog = cls.create(MEMORY)
+        assert isinstance(catalog, SimulatedCatalog)
+        catalog.disk = disk
+        catalog._record()
+        return catalog
+
+    @classmethod
+    def restore(cls, disk: SimulatedDisk, state: object) -> SimulatedCatalog:
+        """The catalogue as its durable state says."""
+        catalog = cls.create(MEMORY)
+        assert isinstance(catalog, SimulatedCatalog)
+        assert isinstance(state, tuple)
+        catalog.disk = disk
+        connection = catalog._connection
+        connection.execute("BEGIN")
+        for table, rows in zip(("device", "staged", "setting"), state, strict=True):
+            for row in rows:
+                connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+        connection.execute("COMMIT")
+        catalog._load()
+        return catalog
+
+    def _state(self) -> tuple[tuple[tuple[object, ...], ...], ...]:
+        return tuple(
+            tuple(self._connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall())
+            for table in ("device", "staged", "setting")
+        )
+
+    def _record(self) -> None:
+        self.disk.catalog_state = self._state()
+        self.disk.events.append(Event(Kind.CATALOG, payload=self.disk.catalog_state))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with super()._transaction():
+            yield
+            # Refused before COMMIT, as SQLite does it: the transaction is then rolled back.
+            with self._failing():
+                self.disk.ask("catalogue")
+        self._record()
+
+
+class SimulatedCatalogs:
+    """Stands in for the `Catalog` class while a pool is being opened."""
+
+    def __init__(self, disk: SimulatedDisk) -> None:
+        self._disk = disk
+
+    def open(self, _path: Path, *, writable: bool = True) -> Catalog:
+        catalog = SimulatedCatalog.restore(self._disk, self._disk.catalog_state)
+        if not writable:
+            catalog.disk = SimulatedDisk.nowhere()
+        return catalog
+
+    def create(self, path: Path | str) -> Catalog:
+        raise AssertionError(path)
