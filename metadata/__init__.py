@@ -3,6 +3,7 @@
 from .checksum import BlockKind
 from .commit import CommitReport, PreparedCommit
 from .devices import DeviceRecord
+from .dump import dump
 from .errors import (
     AlreadyFormatted,
     BlockDamaged,
@@ -11,6 +12,7 @@ from .errors import (
     CountDamaged,
     Damage,
     DeviceExists,
+    DeviceIncomplete,
     MetadataError,
     MetadataFull,
     MetadataSnapshotExists,
@@ -26,12 +28,15 @@ from .errors import (
 from .format import format_pool
 from .layout import BLOCK_BYTES, METADATA_BLOCKS_MAX, pack_mapping, unpack_mapping
 from .pool_metadata import LeafView, PoolMetadata, Usage
+from .problems import Affected, Fault, Place, Problem, Severity
+from .recount import recount
 from .store import BlockStore, FileStore, MemoryStore
 from .superblock import Superblock
 
 __all__ = [
     "BLOCK_BYTES",
     "METADATA_BLOCKS_MAX",
+    "Affected",
     "AlreadyFormatted",
     "BlockDamaged",
     "BlockKind",
@@ -42,7 +47,9 @@ __all__ = [
     "CountDamaged",
     "Damage",
     "DeviceExists",
+    "DeviceIncomplete",
     "DeviceRecord",
+    "Fault",
     "FileStore",
     "LeafView",
     "MemoryStore",
@@ -54,14 +61,19 @@ __all__ = [
     "NoSuchDevice",
     "NotPoolMetadata",
     "OutOfRange",
+    "Place",
     "PoolMetadata",
     "PreparedCommit",
+    "Problem",
     "ReadOnlyMetadata",
+    "Severity",
     "ShortRead",
     "Superblock",
     "UnsupportedPool",
     "Usage",
+    "dump",
     "format_pool",
     "pack_mapping",
+    "recount",
     "unpack_mapping",
 ]

@@ -129,6 +129,17 @@ class NoSuchDevice(MetadataError):
 
 
 @dataclass(eq=False)
+class DeviceIncomplete(MetadataError):
+    """A device is in only one of the two trees that describe devices."""
+
+    device_id: int
+    missing: str
+
+    def __str__(self) -> str:
+        return f"thin device {self.device_id} has no {self.missing}; the pool metadata needs checking"
+
+
+@dataclass(eq=False)
 class DeviceExists(MetadataError):
     """A thin device with this id is already there."""
 

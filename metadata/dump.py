@@ -1,0 +1,166 @@
+"""Writing a pool's mappings as XML, byte for byte as thin_dump 0.9 does.
+
+In: the whole pool, chosen devices, or the metadata snapshot, as a stream of text. Out: reading XML (xml), damaged
+pools (repair): the first damage ends a dump with an exception.
+
+Reads committed blocks straight from storage. Mappings are merged to runs leaf group by leaf group and over the
+borders between them; a group that several devices share is turned into text once and kept while there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from .errors import DeviceIncomplete, NoMetadataSnapshot
+from .pool_metadata import PoolMetadata
+from .runs import RunMerger, Runs, find_runs
+from .store import BlockStore
+from .superblock import Superblock, read_superblock
+from .walk import LeafGroup, entries, leaf_groups, read_group
+
+Write = Callable[[str], object]
+
+_SUPERBLOCK = (
+    '<superblock uuid="" time="%d" transaction="%d" flags="%d" version="%d" data_block_size="%d" '
+    'nr_data_blocks="%d">\n'
+)
+_DEVICE = '  <device dev_id="%d" mapped_blocks="%d" transaction="%d" creation_time="%d" snap_time="%d">\n'
+_RANGE = '    <range_mapping origin_begin="%d" data_begin="%d" length="%d" time="%d"/>\n'
+_SINGLE = '    <single_mapping origin_block="%d" data_block="%d" time="%d"/>\n'
+# Text kept for groups that may come again.
+_KEPT_CHARACTERS = 128 << 20
+
+
+def dump(
+    source: BlockStore | PoolMetadata,
+    write: Write,
+    *,
+    held: bool = False,
+    devices: Collection[int] | None = None,
+    mappings: bool = True,
+) -> None:
+    """Write the committed state of a pool as XML.
+
+    Args:
+        source: the storage; of an open pool, its storage as last committed.
+        write: takes pieces of text, some of them megabytes long.
+        held: dump the metadata snapshot. Its number of data blocks is given as 0, as thin_dump does.
+        devices: only these; ids that do not exist are ignored.
+        mappings: False leaves devices empty.
+
+    Raises:
+        NotPoolMetadata, BlockDamaged, ShortRead, OSError: it cannot be read; what was written is incomplete.
+        DeviceIncomplete: a device has no record or no tree.
+        NoMetadataSnapshot: `held`, but there is none.
+    """
+    store = source.state.store if isinstance(source, PoolMetadata) else source
+    superblock = read_superblock(store)
+    if held:
+        if not superblock.held_root:
+            raise NoMetadataSnapshot
+        superblock = Superblock.unpack(store.read(superblock.held_root, 1), superblock.held_root)
+    _Dump(store, superblock, write).run(devices, mappings=mappings)
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupText:
+    """A leaf group: its first and last run (which neighbours may go on with) and the text between them."""
+
+    first: Runs
+    text: str
+    last: Runs | None
+
+
+class _Dump:
+    def __init__(self, store: BlockStore, superblock: Superblock, write: Write) -> None:
+        self._store = store
+        self._superblock = superblock
+        self._write = write
+        self._kept: dict[int, _GroupText] = {}
+        self._room = _KEPT_CHARACTERS
+
+    def run(self, devices: Collection[int] | None, *, mappings: bool) -> None:
+        superblock = self._superblock
+        ids, roots = entries(self._store, 8, superblock.mapping_root)
+        root_of = dict(zip(ids.tolist(), roots.tolist(), strict=True))
+        record_ids, records = entries(self._store, 24, superblock.details_root)
+        record_of = dict(zip(record_ids.tolist(), records.tolist(), strict=True))
+        self._write(
+            _SUPERBLOCK
+            % (
+                superblock.time,
+                superblock.transaction_id,
+                superblock.flags,
+                superblock.version,
+                superblock.data_block_sectors,
+                superblock.data_space.blocks,
+            )
+        )
+        for device in sorted(root_of.keys() | record_of.keys()):
+            if devices is not None and device not in devices:
+                continue
+            for table, missing in ((root_of, "mapping tree"), (record_of, "record")):
+                if device not in table:
+                    raise DeviceIncomplete(device, missing)
+            self._write(_DEVICE % (device, *record_of[device]))
+            if mappings:
+                self._device(root_of[device])
+            self._write("  </device>\n")
+        self._write("</superblock>\n")
+
+    def _device(self, root: int) -> None:
+        merger = RunMerger()
+        for group in leaf_groups(self._store, 8, root):
+            part = self._group(group)
+            if part is None:
+                continue
+            self._write(_text(merger.add_runs(part.first)))
+            if part.last is not None:
+                self._write(_text(merger.add_runs(part.last)))
+                self._write(part.text)
+        self._write(_text(merger.finish()))
+
+    def _group(self, group: LeafGroup) -> _GroupText | None:
+        kept = self._kept.get(group.parent)
+        if kept is not None:
+            return kept
+        keys, values = read_group(self._store, 8, group)
+        if not len(keys):
+            return None
+        runs = find_runs(keys, values)
+        if len(runs) == 1:
+            made = _GroupText(runs, "", None)
+        else:
+            made = _GroupText(_slice(runs, 0, 1), _text(_slice(runs, 1, -1)), _slice(runs, -1, None))
+        self._keep(group.parent, made)
+        return made
+
+    def _keep(self, parent: int, made: _GroupText) -> None:
+        self._room -= len(made.text)
+        if self._room >= 0:
+            self._kept[parent] = made
+        else:
+            self._room += len(made.text)
+
+
+def _slice(runs: Runs, start: int, stop: int | None) -> Runs:
+    return Runs(runs.begins[start:stop], runs.values[start:stop], runs.lengths[start:stop])
+
+
+def _text(runs: Runs) -> str:
+    """The lines of some runs."""
+    if not len(runs):
+        return ""
+    return "".join(
+        [
+            _SINGLE % (begin, data, time) if length == 1 else _RANGE % (begin, data, length, time)
+            for begin, data, length, time in zip(
+                runs.begins.tolist(),
+                runs.data_begins.tolist(),
+                runs.lengths.tolist(),
+                runs.times.tolist(),
+                strict=True,
+            )
+        ]
+    )
