@@ -309,10 +309,13 @@ class Recount:
         return np.pad(part, (0, ENTRIES_PER_BITMAP - len(part)))
 
     def _check_references_beyond(self, blocks: int) -> None:
-        for location in (np.flatnonzero(self._survey.references[blocks:]) + blocks).tolist()[:1]:
-            place = _METADATA_MAP.narrowed(blocks, self._survey.size_blocks)
-            detail = f"it is in use, but the space map ends at {blocks}"
-            self._survey.report(Problem(Severity.ERROR, Fault.OUTSIDE, place, detail, location, 1))
+        size = self._survey.size_blocks
+        begin = min(blocks, size)
+        beyond = np.flatnonzero(self._survey.references[begin:]) + begin
+        if len(beyond):
+            place = _METADATA_MAP.narrowed(begin, size)
+            detail = f"{len(beyond)} blocks are in use beyond {blocks}, where the space map ends"
+            self._survey.report(Problem(Severity.ERROR, Fault.OUTSIDE, place, detail, int(beyond[0]), 1))
 
 
 def _one(location: int) -> U64Array:

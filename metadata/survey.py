@@ -109,6 +109,8 @@ class Survey:
         self._problems: list[Problem] = []
         self._affected: dict[int, list[Affected]] = {}
         self._below: dict[int, set[int]] = {}
+        # Nodes below which something could not be read.
+        self._holes: set[int] = set()
         self._complaints: dict[tuple[Fault, int], int] = {}
         self.unread: set[Owner] = set()
 
@@ -133,20 +135,17 @@ class Survey:
         self._problems.append(problem)
 
     def error(self, fault: Fault, place: Place, detail: str = "") -> None:
-        """Report an error that lies in the last block of a path, whoever gets there."""
+        """Report that the last block of a path cannot be used as what it should be, whoever gets there."""
+        self._holes.update(place.path)
         location = place.path[-1] if place.path else 0
         count = 1 if place.path else 0
         self.report(Problem(Severity.ERROR, fault, place, detail, location, count), place.path)
 
-    def has_problems_below(self, location: int) -> bool:
-        """Whether anything was found wrong in the tree below a node, itself included."""
-        return bool(self._below.get(location))
-
     def entries_below(self, location: int) -> int | None:
         """Entries of the tree below a node, None where it could not be read completely."""
-        if location >= self.size_blocks or self._state[location] != _State.SOUND:
+        if location >= self.size_blocks or self._state[location] != _State.SOUND or location in self._holes:
             return None
-        return None if self.has_problems_below(location) else int(self._entries[location])
+        return int(self._entries[location])
 
     # Single blocks
 
@@ -234,6 +233,8 @@ class Survey:
                 self._spread(siblings.place_of(position), sorted(found))
 
     def _spread(self, place: Place, numbers: Sequence[int]) -> None:
+        if place.path[-1] in self._holes:
+            self._holes.update(place.path)
         for location in place.path[:-1]:
             self._below.setdefault(location, set()).update(numbers)
         if place.device is None:

@@ -16,8 +16,6 @@ from hypothesis import HealthCheck, settings
 from tests.fakes.thin_tools import find_tool
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-# What the kernel's test suites left behind on purpose; everything else in the directory is intact.
-DAMAGED_IMAGES = ("tmeta_with_corrupted_metadata_snap", "tmeta_device_id_reuse_with_corrupted_thins")
 
 settings.register_profile(
     "ci",
