@@ -28,8 +28,7 @@ _SUPERBLOCK = (
 _DEVICE = '  <device dev_id="%d" mapped_blocks="%d" transaction="%d" creation_time="%d" snap_time="%d">\n'
 _RANGE = '    <range_mapping origin_begin="%d" data_begin="%d" length="%d" time="%d"/>\n'
 _SINGLE = '    <single_mapping origin_block="%d" data_block="%d" time="%d"/>\n'
-# Text kept for groups that may come again.
-_KEPT_CHARACTERS = 128 << 20
+KEPT_CHARACTERS_DEFAULT = 128 << 20
 
 
 def dump(
@@ -39,6 +38,7 @@ def dump(
     held: bool = False,
     devices: Collection[int] | None = None,
     mappings: bool = True,
+    kept_characters: int = KEPT_CHARACTERS_DEFAULT,
 ) -> None:
     """Write the committed state of a pool as XML.
 
@@ -48,6 +48,7 @@ def dump(
         held: dump the metadata snapshot. Its number of data blocks is given as 0, as thin_dump does.
         devices: only these; ids that do not exist are ignored.
         mappings: False leaves devices empty.
+        kept_characters: memory for the text of leaves that snapshots may share.
 
     Raises:
         NotPoolMetadata, BlockDamaged, ShortRead, OSError: it cannot be read; what was written is incomplete.
@@ -60,7 +61,7 @@ def dump(
         if not superblock.held_root:
             raise NoMetadataSnapshot
         superblock = Superblock.unpack(store.read(superblock.held_root, 1), superblock.held_root)
-    _Dump(store, superblock, write).run(devices, mappings=mappings)
+    _Dump(store, superblock, write, kept_characters).run(devices, mappings=mappings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,12 @@ class _GroupText:
 
 
 class _Dump:
-    def __init__(self, store: BlockStore, superblock: Superblock, write: Write) -> None:
+    def __init__(self, store: BlockStore, superblock: Superblock, write: Write, kept_characters: int) -> None:
         self._store = store
         self._superblock = superblock
         self._write = write
         self._kept: dict[int, _GroupText] = {}
-        self._room = _KEPT_CHARACTERS
+        self._room = kept_characters
 
     def run(self, devices: Collection[int] | None, *, mappings: bool) -> None:
         superblock = self._superblock
