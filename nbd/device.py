@@ -31,7 +31,7 @@ class Session(Protocol):
     def sent(self) -> None:
         """Unpin: no buffer handed out so far is in use any longer."""
 
-    def read(self, offset: int, length: int, parts: list[Buffer]) -> int:
+    def read(self, offset: int, length: int, parts: list[Buffer], /) -> int:
         """Append `memoryview`s that make up the range; return how many bytes of it are holes.
 
         The views may be slices of a file mapping: only the kernel may touch them (sendmsg, writev). Looking
@@ -41,8 +41,11 @@ class Session(Protocol):
     def read_copy(self, offset: int, length: int) -> bytearray:
         """Return the range in private memory (for TLS, and to learn the error behind an EFAULT)."""
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, /) -> None:
         """Apply a write or a piece of one. The view is valid during the call only."""
+
+    def wait_for_space(self) -> bool:
+        """After `write` failed with ENOSPC: try to free blocks; whether another try may succeed. Lock not held."""
 
     def flush(self) -> None:
         """Make durable everything that was replied to before on any connection of the export."""

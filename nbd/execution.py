@@ -6,6 +6,7 @@ Out: plain READs and WRITEs (`transmission`), which request is legal (`validatio
 before an error goes out, so the stream stays in step.
 """
 
+import errno
 import mmap
 
 from .activity import Activity
@@ -91,7 +92,8 @@ class Executor:
         payload = PayloadStream(self.view, pos + self._head.size, have, size, self._link.receive)
         parts: list[Buffer] | None
         try:
-            if failure is not None:
+            # A write without a block to go to is tried again where the device may look for one.
+            if failure is not None and not (command == Command.WRITE and failure.errno == errno.ENOSPC):
                 raise RequestError(wire_errno(failure, command), failure.strerror or str(failure))
             if self._activity.stopping:
                 raise _LEAVING

@@ -6,6 +6,7 @@ applied in pieces of 256 KiB as they arrive: the request has been validated, no 
 and the memory does not follow the announced length.
 """
 
+import errno
 from collections.abc import Callable
 
 from .device import Session
@@ -118,6 +119,21 @@ class Writing:
             self._memory.give_back(buffer)
 
     def _write(self, offset: int, data: memoryview) -> None:
+        """Apply a piece; where the device has no block for it, once more after it was asked to find some.
+
+        Nothing is held while it looks: no lock, and no block pinned by earlier replies, which have gone out.
+        """
+        try:
+            self._apply(offset, data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self._session.sent()
+            if not self._session.wait_for_space():
+                raise
+            self._apply(offset, data)
+
+    def _apply(self, offset: int, data: memoryview) -> None:
         self._session.enter()
         try:
             self._session.write(offset, data)
@@ -137,14 +153,9 @@ class Writing:
             buffer[:tail] = payload.piece(tail)
         rest = buffer[: tail + payload.left]
         payload.fill(rest[tail:])
-        session = self._session
-        session.enter()
-        try:
-            if first is not None:
-                session.write(offset, first)
-            session.write(offset + kept, rest)
-        finally:
-            session.leave()
+        if first is not None:
+            self._write(offset, first)
+        self._write(offset + kept, rest)
 
     def _in_pieces(self, offset: int, payload: PayloadStream) -> None:
         """Apply as it arrives, in pieces that end at multiples of their size."""

@@ -148,7 +148,12 @@ class Attachments:
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    cwd="/",
                 )
         except FileNotFoundError:
             reason = "neither kernel nbd with nbd-client nor nbdfuse is on this machine; install nbdfuse"
@@ -242,7 +247,9 @@ class Attachments:
         deadline = time.monotonic() + LEAVE_SECONDS
         # Losing the loop device lets go of the file a moment after losetup returns.
         while _is_mounted(directory):
-            done = subprocess.run(["fusermount3", "-u", directory], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["fusermount3", "-u", directory], capture_output=True, text=True, check=False
+            )
             if done.returncode and time.monotonic() > deadline:
                 raise DetachFailed(name, f"fusermount3 -u {directory}", done.stderr.strip())
             time.sleep(POLL_SECONDS)
@@ -265,7 +272,9 @@ def _undo_by(name: str, command: Sequence[str]) -> None:
 
 def _is_mounted(directory: str) -> bool:
     """Whether the mount table names a directory; asking the file system could hang on a dead FUSE server."""
-    escaped = directory.replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+    escaped = (
+        directory.replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+    )
     lines = Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines()
     return any(line.split(" ")[1] == escaped for line in lines)
 

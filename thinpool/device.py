@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from bitarray import bitarray
 
-from metadata import MetadataError
+from metadata import MetadataError, MetadataFull
 
 from .block_map import CHUNK_BLOCKS, MAPPED, TIME, UNMAPPED, BlockMap, Leaves, entry_of
 from .delta import changed_ranges
@@ -60,6 +60,8 @@ class ThinDevice:
         self._judged: bitarray = zeroed_bits(-(-blocks // CHUNK_BLOCKS))
         with engine.tree:
             self.shared_before = engine.metadata.device(device_id).snapshotted_time
+        if engine.failure is not None:
+            self.refuse_writes()
 
     # --- sessions ---
 
@@ -117,16 +119,30 @@ class ThinDevice:
     # --- from the block map to the tree ---
 
     def apply_pending(self) -> None:
-        """Insert the mappings made since the last time into the tree. The engine's transaction is held."""
-        if not self.pending:
-            return
+        """Insert the mappings made since the last time into the tree. The engine's transaction is held.
+
+        Raises MetadataFull with the list as it was. Any other failure may have done half of it and poisons the pool.
+        """
+        # Under the lock even when the list is empty: a write that has its block and not yet its entry is waited
+        # for, or the commit would take the block for one that nobody came to use.
         with self.lock:
+            if not self.pending:
+                return
             listed, self.pending = self.pending, []
-            self._charged.clear()
             keys, values = self.block_map.mapped(np.unique(np.array(listed, dtype=np.uint64)))
             if len(keys):
-                with self.engine.tree:
-                    self.engine.metadata.insert(self.device_id, keys, values)
+                try:
+                    with self.engine.changing_tree():
+                        self.engine.metadata.insert(self.device_id, keys, values)
+                except MetadataFull:
+                    self.pending = listed
+                    raise
+            self._charged.clear()
+
+    def refuse_writes(self) -> None:
+        """After a failed commit: every write fails, those to blocks that are ours already too."""
+        # No time reaches this, so the hot path takes every block for a shared one and asks `provision`.
+        self.shared_before = MAPPED
 
     def provision(self, index: int, inside: int, data: memoryview) -> int:
         """Make block `index` exclusively ours with `data` at `inside`; returns its entry.
@@ -158,7 +174,9 @@ class ThinDevice:
             return self._map(index, block)
 
     def _own(self, index: int) -> int:
-        """The entry of a block that may be written in place, or 0."""
+        """The entry of a block that may be written in place, or 0. Raises OSError(EIO) in a poisoned pool."""
+        if self.engine.failure is not None:
+            raise OSError(errno.EIO, "the pool is read-only after a failed commit")
         entries = self.block_map.entries
         if not entries[index]:
             self.block_map.ensure(index, index)
@@ -196,14 +214,19 @@ class ThinDevice:
         Times err on one side: the other sharer may have been deleted or gone its own way. A mapping that turns
         out exclusive can become shared again only through a snapshot of this device, so its new time holds until
         then; "shared" may turn into "exclusive" later, which costs a copy and no more.
+
+        The counts are those of the running transaction. Only while it has changed nothing are they the committed
+        ones too: a sharer that let go a moment ago is back after a power cut, and must find its content.
         """
         chunk = index // CHUNK_BLOCKS
         if self._judged[chunk]:
             return
-        self._judged[chunk] = 1
         doubtful = self.block_map.older_than(chunk, self.shared_before)
         try:
             with self.engine.tree:
+                if self.engine.metadata.dirty:
+                    return
+                self._judged[chunk] = 1
                 ours = doubtful[self.engine.metadata.exclusive(self.device_id, doubtful)]
         except MetadataError as error:
             raise OSError(errno.EIO, str(error)) from error
@@ -227,11 +250,21 @@ class ThinDevice:
                 with self.lock:
                     # First into the tree: an entry that is unmapped here must not come back from there.
                     self.apply_pending()
-                    with engine.tree:
-                        engine.metadata.remove(self.device_id, begin, until)
+                    self._remove(begin, until)
                     self.block_map.unmap(begin, until)
             begin = until
         engine.committer.touch()
+
+    def _remove(self, begin: int, end: int) -> None:
+        engine = self.engine
+        try:
+            with engine.changing_tree():
+                engine.metadata.remove(self.device_id, begin, end)
+        except MetadataFull:
+            # Much was done in this transaction; in a new one there is room for a removal.
+            engine.commit()
+            with engine.changing_tree():
+                engine.metadata.remove(self.device_id, begin, end)
 
     # --- looking ---
 
@@ -277,7 +310,7 @@ class ThinDevice:
         engine = self.engine
         with self.quiet():
             self.apply_pending()
-            with engine.tree:
+            with engine.changing_tree():
                 engine.metadata.create_snapshot(device_id, self.device_id)
                 engine.time = engine.metadata.time
                 self.shared_before = engine.metadata.device(self.device_id).snapshotted_time

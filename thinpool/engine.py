@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metadata import CommitReport, MetadataError, PoolMetadata
+from metadata import BlockDamaged, CommitReport, CountDamaged, MetadataError, PoolMetadata, ShortRead
 
 from .committer import Committer
 from .data_file import DataFile
@@ -95,6 +96,20 @@ class Engine:
         if not self.writable:
             raise PoolReadOnly(READ_ONLY_REASON)
 
+    @contextmanager
+    def changing_tree(self) -> Iterator[None]:
+        """Around one change of the metadata in memory. `transaction` is held.
+
+        What it refuses it has not begun; but where a block could not be read half of a change may be done, and
+        such a transaction must never be committed: the pool is poisoned.
+        """
+        with self.tree:
+            try:
+                yield
+            except (OSError, BlockDamaged, CountDamaged, ShortRead) as error:
+                self.poison(error)
+                raise
+
     def collect(self) -> None:
         """Put the new mappings of all open devices into the tree. `transaction` is held."""
         for device in self.devices.values():
@@ -155,8 +170,8 @@ class Engine:
         """After a failed commit: nothing changes any more, and the next opener is told (`needs_check`)."""
         if self.failure is not None:
             return
-        self.failure = error
         self._log(f"the pool is read-only from now on, a commit failed: {error}")
+        self.give_up(error)
         try:
             with self.tree:
                 self.metadata.abort()
@@ -164,6 +179,12 @@ class Engine:
                 self.metadata.commit()
         except (OSError, MetadataError) as second:
             self._log(f"needs_check could not be recorded: {second}")
+
+    def give_up(self, error: Exception) -> None:
+        """Refuse every further change, because of `error`; what is on disk is in order."""
+        self.failure = error
+        for device in list(self.devices.values()):
+            device.refuse_writes()
 
     # --- space ---
 

@@ -139,10 +139,9 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
         metadata.close()
         raise
     try:
-        catalog = _open_catalog(location)
+        catalog = _open_catalog(location, writable=writable)
         try:
-            if writable:
-                catalog.recover(metadata.transaction_id)
+            catalog.recover(metadata.transaction_id)
             _reconcile(catalog, metadata, data.block_bytes)
             engine = Engine(metadata, data, writable=writable, log=log.error)
         except BaseException:
@@ -173,13 +172,14 @@ def _open_metadata(location: PoolLocation, read_only: bool) -> PoolMetadata:
         raise
 
 
-def _open_catalog(location: PoolLocation) -> Catalog:
+def _open_catalog(location: PoolLocation, *, writable: bool) -> Catalog:
+    """The names; where nothing may change, a copy in memory that is recovered and reconciled all the same."""
     if location.catalog_path is None:
         return Catalog.create(":memory:")
     if not location.catalog_path.exists():
         log.warning("%s has no catalogue; devices are named after their ids", location)
-        return Catalog.create(location.catalog_path)
-    return Catalog.open(location.catalog_path)
+        return Catalog.create(location.catalog_path if writable else ":memory:")
+    return Catalog.open(location.catalog_path, writable=writable)
 
 
 def _reconcile(catalog: Catalog, metadata: PoolMetadata, block_bytes: int) -> None:

@@ -75,7 +75,8 @@ class Pool:
             try:
                 yield
             except BaseException:
-                self.catalog.discard_staged()
+                if self.engine.failure is None:
+                    self.catalog.discard_staged()
                 raise
             if own_id:
                 with self.engine.tree:
@@ -85,7 +86,7 @@ class Pool:
                 self.catalog.promote(number)
             except Exception as error:
                 # The step is done and durable; only this process no longer knows the names.
-                self.engine.failure = error
+                self.engine.give_up(error)
                 raise
 
     def _entry(self, name: str) -> CatalogEntry:
@@ -120,7 +121,7 @@ class Pool:
         with self.engine.transaction:
             self._new_name(name)
             entry = CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {})
-            with self._step([Put(entry)]), self.engine.tree:
+            with self._step([Put(entry)]), self.engine.changing_tree():
                 self._metadata.create_device(entry.device_id)
             return self.info(name)
 
@@ -148,8 +149,16 @@ class Pool:
         device = self.engine.devices.get(entry.device_id)
         if device is not None:
             device.apply_pending()  # nothing of it may be left for the commit to insert
-        with self.engine.tree:
+        with self.engine.changing_tree():
             self._metadata.delete_device(entry.device_id)
+
+    def _replace_tree(self, entry: CatalogEntry) -> None:
+        """Delete a tree in a step that made another; a step half done must never be committed."""
+        try:
+            self._delete_tree(entry)
+        except Exception as error:
+            self.engine.poison(error)
+            raise
 
     def rename(self, old: str, new: str) -> DeviceInfo:
         """Rename a device; clients that have it open keep it."""
@@ -169,7 +178,6 @@ class Pool:
         with self.engine.transaction:
             self.engine.require_writable()
             entry = self._entry(name)
-            device = self.engine.devices.get(entry.device_id)
             if size_bytes < entry.size_bytes:
                 if not shrink:
                     raise BadSize(
@@ -178,27 +186,41 @@ class Pool:
                     )
                 self._require_idle(entry)
                 self._cut(entry, size_bytes)
-            elif device is not None and device.sessions and not device.extend(size_bytes):
-                raise DeviceInUse(name, len(device.sessions))
             else:
-                self.catalog.apply([Put(replace(entry, size_bytes=size_bytes))])
+                self._lengthen(entry, size_bytes)
+            device = self.engine.devices.get(entry.device_id)
             if device is not None and not device.sessions:
                 device.apply_pending()
                 self.engine.devices.pop(entry.device_id, None)
             return self.info(name)
 
     def _cut(self, entry: CatalogEntry, size_bytes: int) -> None:
-        # A later growth must show zeros where the old content was, also inside the last block.
+        # What the last block holds past the new end stays: zeroing it now would not be one step with the new size.
+        # `_lengthen` clears it before anybody can see it again.
         end = -(-size_bytes // self.block_bytes)
-        tail = min(end * self.block_bytes, entry.size_bytes) - size_bytes
-        if tail:
-            session = self._device(entry).open()
-            try:
-                session.zero(size_bytes, tail, keep_allocated=False, fast_only=False)
-            finally:
-                session.close()
         with self._step([Put(replace(entry, size_bytes=size_bytes))]):
             self._device(entry).unmap(end, max(end, -(-entry.size_bytes // self.block_bytes)))
+
+    def _lengthen(self, entry: CatalogEntry, size_bytes: int) -> None:
+        self._clear_past_end(entry)
+        device = self.engine.devices.get(entry.device_id)
+        if device is not None and device.sessions and not device.extend(size_bytes):
+            raise DeviceInUse(entry.name, len(device.sessions))
+        self.catalog.apply([Put(replace(entry, size_bytes=size_bytes))])
+
+    def _clear_past_end(self, entry: CatalogEntry) -> None:
+        """Zeros, durably, between the end of a device and the end of its last block."""
+        tail = -entry.size_bytes % self.block_bytes
+        if not tail:
+            return
+        session = self._device(entry).open()
+        try:
+            if session.read_copy(entry.size_bytes, tail).count(0) == tail:
+                return
+            session.zero(entry.size_bytes, tail, keep_allocated=False, fast_only=False)
+        finally:
+            session.close()
+        self.engine.commit()
 
     def rollback(self, name: str, snapshot: str, *, keep: str | bool | None = None) -> DeviceInfo:
         """Give `name` the content of `snapshot`, in one step; the snapshot stays.
@@ -221,10 +243,12 @@ class Pool:
                 kept = keep if isinstance(keep, str) else self._kept_name(name)
                 self._new_name(kept)
                 changes = [Put(replace(entry, name=kept, read_only=True))]
+            # In a transaction of its own there is always room for the deletion.
+            self.engine.commit()
             with self._step([*changes, Put(fresh)]):
                 self._device(source).take_point_in_time(fresh.device_id)
                 if keep is False:
-                    self._delete_tree(entry)
+                    self._replace_tree(entry)
             self.engine.forget(entry.device_id)
             self.engine.reclaim()
             return self.info(name)
@@ -262,12 +286,22 @@ class Pool:
         if blocks <= self._metadata.metadata_blocks:
             present = self._metadata.metadata_blocks * METADATA_BLOCK_BYTES
             raise BadSize(str(metadata_bytes), f"is not more than the present {present} bytes of metadata")
-        path = self.location.metadata_path
-        if stat.S_ISREG(path.stat().st_mode):
-            os.truncate(path, blocks * METADATA_BLOCK_BYTES)
-        with self.engine.tree:
+        self._lengthen_metadata(blocks * METADATA_BLOCK_BYTES)
+        with self.engine.changing_tree():
             self._metadata.grow_metadata()
         self.engine.commit()
+
+    def _lengthen_metadata(self, length_bytes: int) -> None:
+        """Make the file longer, durably: no superblock may tell of blocks that a power cut takes away."""
+        path = self.location.metadata_path
+        if not stat.S_ISREG(path.stat().st_mode):
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, length_bytes)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def commit(self) -> None:
         """Make everything durable now."""

@@ -17,6 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from metadata import MetadataError
+from nbd.device import Buffer
 
 from .block_map import MAPPED, TIME
 from .errors import PoolPoisoned, PoolReadOnly
@@ -25,7 +26,7 @@ from .reclaim import UNPINNED
 if TYPE_CHECKING:
     from .device import ThinDevice
 
-Buffers = list[memoryview]
+Buffers = list[Buffer]
 NOTHING = memoryview(b"")
 PREFETCH_BLOCKS_MAX = 1024
 

@@ -142,67 +142,27 @@ def test_qemu_io_patterns(pool: RunningPool) -> None:
     finish(pool)
 
 
+RANGES = "--numjobs=4 --offset_increment=128m --randrepeat=0 --group_reporting"
+VERIFY = "--verify=crc32c --do_verify=1 --verify_fatal=1"
+VERIFIED = (
+    f"--name=verified {RANGES} {VERIFY} --size=96m --rw=randwrite --bsrange=4k-128k --iodepth=16 --fsync=64"
+)
+TRIMS = f"--name=trims {RANGES} --size=96m --rw=randtrimwrite --bs=64k --iodepth=8"
+TRIMS_VERIFIED = (
+    f"--name=verified-again {RANGES} {VERIFY} --size=32m --rw=randwrite --bs=4k --iodepth=32"
+    " --trim_percentage=10 --trim_backlog=64 --trim_verify_zero=1"
+)
+
+
 def verified_load(pool: RunningPool, seconds: int) -> None:
     """Four jobs, each on its own range: random writes of mixed sizes with trims among them, read back and checked."""
     pool.operate("create", name="a", size_bytes=512 * MIB)
     with SnapshotTurnover(pool, "a") as turnover:
-        fio(
-            pool,
-            "a",
-            "--name=verified",
-            "--numjobs=4",
-            "--size=96m",
-            "--offset_increment=128m",
-            "--rw=randwrite",
-            "--bsrange=4k-128k",
-            "--iodepth=16",
-            "--verify=crc32c",
-            "--do_verify=1",
-            "--verify_backlog=256",
-            "--verify_fatal=1",
-            "--randrepeat=0",
-            "--fsync=64",
-            "--group_reporting",
-            f"--runtime={seconds}",
-            "--time_based",
-            timeout=seconds + 200,
-        )
-        fio(
-            pool,
-            "a",
-            "--name=trims",
-            "--numjobs=4",
-            "--size=96m",
-            "--offset_increment=128m",
-            "--rw=randtrimwrite",
-            "--bs=64k",
-            "--iodepth=8",
-            "--randrepeat=0",
-            "--group_reporting",
-            f"--runtime={max(seconds // 2, 2)}",
-            "--time_based",
-            timeout=seconds + 200,
-        )
-        fio(
-            pool,
-            "a",
-            "--name=verified-again",
-            "--numjobs=4",
-            "--size=32m",
-            "--offset_increment=128m",
-            "--rw=randwrite",
-            "--bs=4k",
-            "--iodepth=32",
-            "--verify=crc32c",
-            "--do_verify=1",
-            "--verify_fatal=1",
-            "--trim_percentage=10",
-            "--trim_backlog=64",
-            "--trim_verify_zero=1",
-            "--randrepeat=0",
-            "--group_reporting",
-            timeout=seconds + 200,
-        )
+        timed = ["--verify_backlog=256", f"--runtime={seconds}", "--time_based"]
+        fio(pool, "a", *VERIFIED.split(), *timed, timeout=seconds + 200)
+        timed = [f"--runtime={max(seconds // 2, 2)}", "--time_based"]
+        fio(pool, "a", *TRIMS.split(), *timed, timeout=seconds + 200)
+        fio(pool, "a", *TRIMS_VERIFIED.split(), timeout=seconds + 200)
     assert turnover.taken >= seconds
     finish(pool)
 

@@ -160,7 +160,9 @@ class Checker:
                 return f"{entry.name} has a mapping past its end"
             actual = np.zeros((length, DATA_BLOCK_SECTORS), np.int32)
             actual[keys] = blocks[mapped]
-            problem = describe_strangers(entry.name, model, actual.reshape(-1)[: model.sectors], self._contents)
+            problem = describe_strangers(
+                entry.name, model, actual.reshape(-1)[: model.sectors], self._contents
+            )
             if problem is not None:
                 return problem
         return None

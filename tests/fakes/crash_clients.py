@@ -127,7 +127,7 @@ class DirectClient(Client):
 class _Stream(ScriptedLink):
     """Delivers requests whole; every finished reply is told at once."""
 
-    def __init__(self, data: bytes, replies: ReplyStream, tell) -> None:  # noqa: ANN001
+    def __init__(self, data: bytes, replies: ReplyStream, tell) -> None:
         super().__init__(data)
         self._replies = replies
         self._tell = tell
@@ -186,7 +186,9 @@ class NbdClient(Client):
                 self.scenario.mark(end)
 
         activity = Activity()
-        memory = PayloadMemory(buffer_bytes=LIMITS.whole_payload_bytes, total_bytes=LIMITS.payload_memory_bytes)
+        memory = PayloadMemory(
+            buffer_bytes=LIMITS.whole_payload_bytes, total_bytes=LIMITS.payload_memory_bytes
+        )
         link = _Stream(data, replies, tell)
         try:
             executor = Executor(link, terms, activity, memory, LIMITS)
@@ -203,7 +205,9 @@ class NbdClient(Client):
             flags |= CommandFlag.PAYLOAD_LEN
         return Request(command, first * SECTOR_BYTES, count * SECTOR_BYTES, flags, payload)
 
-    def _change(self, change: Change, request: Request, *, durable: bool = False) -> tuple[Request, Begin, End]:
+    def _change(
+        self, change: Change, request: Request, *, durable: bool = False
+    ) -> tuple[Request, Begin, End]:
         return request, Begin(change), End(change, Stage.ACKNOWLEDGED, durable)
 
     def _write(self, change: Change, *, durable: bool) -> tuple[Request, Begin, End]:

@@ -77,7 +77,9 @@ class DeviceModel:
         return len(self.base)
 
     def copy(self) -> DeviceModel:
-        layers = [replace(layer, mask=None if layer.mask is None else layer.mask.copy()) for layer in self.layers]
+        layers = [
+            replace(layer, mask=None if layer.mask is None else layer.mask.copy()) for layer in self.layers
+        ]
         return replace(self, base=self.base.copy(), layers=layers)
 
     def begin(self, change: Change) -> None:
@@ -230,8 +232,8 @@ class Oracle:
         self._acknowledged: set[int] = set()
         self._step: Step | None = None
 
-    def hear(self, mark: object) -> None:
-        """Go on by one mark."""
+    def hear(self, mark: object) -> bool:
+        """Go on by one mark; whether more is promised now, so that the same image may be wrong from here on."""
         match mark:
             case Begin(change):
                 self._device(change.device).begin(change)
@@ -255,7 +257,10 @@ class Oracle:
                 device = self._device(number)
                 device.base, device.layers = contents.copy(), []
             case _:
-                pass
+                return False
+        if isinstance(mark, End):
+            return mark.durable
+        return isinstance(mark, FlushEnd | StepEnd | Seen)
 
     def _end(self, change: Change, stage: Stage, *, durable: bool) -> None:
         device = self._device(change.device)

@@ -20,8 +20,6 @@ from unittest import mock
 import numpy as np
 
 from metadata import MetadataFull
-from thinpool import pool as pool_module
-from thinpool.session import Session
 from tests.fakes import crash_steps as steps
 from tests.fakes.crash_clients import Client, DirectClient, NbdClient, read_by_kernel
 from tests.fakes.crash_oracle import (
@@ -40,6 +38,8 @@ from tests.fakes.crash_oracle import (
     World,
 )
 from tests.fakes.simulated_disk import SimulatedDisk
+from thinpool import pool as pool_module
+from thinpool.session import Session
 
 SECTOR_BYTES = 512
 BLOCK_SECTORS = 128
@@ -91,7 +91,13 @@ class Scenario:
     """One run on one disk. `world` is what the disk holds at its start."""
 
     def __init__(
-        self, disk: SimulatedDisk, random: Random, *, nbd: bool, world: World | None = None, first_number: int = 0
+        self,
+        disk: SimulatedDisk,
+        random: Random,
+        *,
+        nbd: bool,
+        world: World | None = None,
+        first_number: int = 0,
     ) -> None:
         self.disk = disk
         self.random = random
@@ -372,7 +378,7 @@ class Scenario:
         self.mark(FlushEnd(number))
         self.pool = self._open()
 
-    def _open(self):  # noqa: ANN202 -- mypy does not read this file
+    def _open(self):
         return self.disk.open()
 
     # --- comparing ---
@@ -384,7 +390,9 @@ class Scenario:
         length = model.sectors * SECTOR_BYTES
         for read in (Session.read_copy, read_by_kernel):
             actual = self.disk.contents.intern(bytes(read(session, 0, length)))
-            strangers = model.strangers(actual) if model.in_doubt else np.flatnonzero(actual != model.current())
+            strangers = (
+                model.strangers(actual) if model.in_doubt else np.flatnonzero(actual != model.current())
+            )
             if len(strangers):
                 text = f"{name} reads wrong at sectors {strangers[:8].tolist()} by {read.__name__}, no cut involved"
                 raise Violation(text)
@@ -422,7 +430,7 @@ CHOICES: dict[str, tuple[int, Callable[[Scenario], None]]] = {
 }
 
 
-def scenario_of(seed: int, *, steps_max: int = 60, contents=None) -> Scenario:  # noqa: ANN001
+def scenario_of(seed: int, *, steps_max: int = 60, contents=None) -> Scenario:
     """The scenario of a seed, formatted and prepared, ready to `run`."""
     from tests.fakes.disk_history import Contents
 

@@ -83,7 +83,9 @@ class Search:
             scenario.run(steps)
         except Exception as error:  # the run itself failed, without any cut
             taken = len(scenario.text)
-            raise Found(seed, taken, len(scenario.disk.events), f"{type(error).__name__}: {error}", scenario.text) from error
+            raise Found(
+                seed, taken, len(scenario.disk.events), f"{type(error).__name__}: {error}", scenario.text
+            ) from error
         finally:
             scenario.close()
             scenario.disk.close()
@@ -125,7 +127,9 @@ class Search:
                 checker.check(again, oracle.worlds())
             except Violation as error:
                 done = "; ".join(run.text)
-                raise Violation(f"cut again after event {cut} of recovering and going on ({done}): {error}") from error
+                raise Violation(
+                    f"cut again after event {cut} of recovering and going on ({done}): {error}"
+                ) from error
 
     def _images(
         self, run: Scenario, random: np.random.Generator, count: int
@@ -138,11 +142,10 @@ class Search:
         digests = contents.digests()
         for cut, event in enumerate(events, 1):
             replay.apply(event)
-            if event.kind is Kind.MARK:
-                oracle.hear(event.payload)
+            promised = event.kind is not Kind.MARK or oracle.hear(event.payload)
             # Making a pool is atomic by other means: it is built aside and renamed.
             opened = opened or event.kind is Kind.CATALOG
-            if not opened:
+            if not opened or not promised:
                 continue
             self.tally.cuts += 1
             for image in subsets(replay, random, count):

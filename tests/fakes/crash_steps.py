@@ -12,7 +12,8 @@ from tests.fakes.crash_oracle import DeviceModel, Step, World
 def reparented(world: World, old: str, new: str | None) -> World:
     """The world with every origin `old` called `new`."""
     return {
-        name: replace(device, origin=new) if device.origin == old else device for name, device in world.items()
+        name: replace(device, origin=new) if device.origin == old else device
+        for name, device in world.items()
     }
 
 
@@ -43,7 +44,9 @@ class Delete(Step):
     name: str
 
     def apply(self, world: World) -> World:
-        return reparented({name: model for name, model in world.items() if name != self.name}, self.name, None)
+        return reparented(
+            {name: model for name, model in world.items() if name != self.name}, self.name, None
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -23,6 +23,7 @@ import numpy as np
 
 SECTOR_BYTES = 512
 ZERO_SECTOR = bytes(SECTOR_BYTES)
+_ZEROS = bytes(8192)
 _POSITIONS_MAX = 1 << 20
 _POSITION_FACTORS = np.random.Generator(np.random.PCG64(20)).integers(1, 2**63, _POSITIONS_MAX, np.uint64) | 1
 
@@ -70,19 +71,23 @@ class Contents:
         """Numbers of consecutive sectors; `data` is whole sectors. Shape (sectors,), int32."""
         count, rest = divmod(len(data), SECTOR_BYTES)
         assert not rest
-        if not data.strip(b"\0"):
-            return np.zeros(count, np.int32)
+        found = np.zeros(count, np.int32)
+        for at in range(0, len(data), len(_ZEROS)):
+            large = data[at : at + len(_ZEROS)]
+            if large != _ZEROS[: len(large)]:
+                self._intern_piece(large, found[at // SECTOR_BYTES :])
+        return found
+
+    def _intern_piece(self, data: bytes, found: np.ndarray) -> None:
         numbers = self._numbers
-        found = []
-        for at in range(0, len(data), SECTOR_BYTES):
+        for index, at in enumerate(range(0, len(data), SECTOR_BYTES)):
             piece = data[at : at + SECTOR_BYTES]
             number = numbers.get(piece)
             if number is None:
                 number = numbers[piece] = len(self.table)
                 self.table.append(piece)
                 self._digests.append(digest_of(piece))
-            found.append(number)
-        return np.array(found, np.int32)
+            found[index] = number
 
     def bytes_of(self, numbers: np.ndarray) -> bytes:
         """The bytes of consecutive sectors."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from metadata.bitmap import decode_bitmap
 from metadata.index import decode_index
@@ -80,7 +81,7 @@ class Audit:
         assert len(depths) <= 1, f"leaves at depths {depths}"
         self.heights[root] = next(iter(depths), -1) + 1
         self.fills[root] = fills
-        assert all(a[0] < b[0] for a, b in zip(entries, entries[1:], strict=False))
+        assert all(a[0] < b[0] for a, b in pairwise(entries))
         return entries
 
     def reread(self, block):

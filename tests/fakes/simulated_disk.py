@@ -31,11 +31,11 @@ from unittest import mock
 import numpy as np
 
 from metadata import BLOCK_BYTES, ShortRead, format_pool
+from tests.fakes.disk_history import SECTOR_BYTES, Contents, Event, File, FileImage, Image, Kind
 from thinpool import opening
 from thinpool.catalog import MEMORY, Catalog
 from thinpool.data_file import DataFile
 from thinpool.pool import Pool
-from tests.fakes.disk_history import SECTOR_BYTES, Contents, Event, File, FileImage, Image, Kind
 
 BLOCK_SECTORS = BLOCK_BYTES // SECTOR_BYTES
 # What `before` is told: "metadata read", "data write", ... It may raise OSError, or return how many bytes to do.
@@ -149,7 +149,14 @@ class SimulatedDisk:
             location: object = self.location
             pool = opening._open_locked(location, _NoLock(), read_only)  # type: ignore[arg-type]
         pool.engine.committer.start = lambda: None  # type: ignore[method-assign]
+        pool._lengthen_metadata = self._lengthen_metadata  # type: ignore[method-assign]
         return pool
+
+    def _lengthen_metadata(self, length_bytes: int) -> None:
+        self.ask("metadata grow")
+        os.ftruncate(self.metadata, length_bytes)
+        self.resized(File.METADATA, length_bytes)
+        self.flushed(File.METADATA)
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -178,7 +185,6 @@ class SimulatedStore:
     def __init__(self, disk: SimulatedDisk, *, writable: bool = True) -> None:
         self._disk = disk
         self._writable = writable
-        self._size = os.fstat(disk.metadata).st_size
 
     def read(self, first: int, count: int) -> bytes:
         wanted = self._disk.ask("metadata read", count * BLOCK_BYTES)
@@ -201,12 +207,7 @@ class SimulatedStore:
         self._disk.flush(File.METADATA, "metadata flush")
 
     def size_blocks(self) -> int:
-        # Growing truncates the file behind our back; this is the first anybody can know of it.
-        size = os.fstat(self._disk.metadata).st_size
-        if size != self._size:
-            self._disk.resized(File.METADATA, size)
-            self._size = size
-        return size // BLOCK_BYTES
+        return os.fstat(self._disk.metadata).st_size // BLOCK_BYTES
 
     def close(self) -> None:
         pass
