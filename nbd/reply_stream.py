@@ -75,8 +75,7 @@ class ReplyStream:
 
     def expect(self, cookie: int, command: int, offset: int, length: int) -> None:
         """Announce a request that is being sent."""
-        data = bytearray(length) if command == Command.READ else bytearray()
-        self._waiting[cookie] = Reply(cookie, command, offset, length, data=data)
+        self._waiting[cookie] = Reply(cookie, command, offset, length)
 
     def feed(self, data: bytes | memoryview) -> Iterator[Reply]:
         """Take in bytes, yield every reply that has become complete."""
@@ -188,6 +187,8 @@ def _place(reply: Reply, offset: int, content: bytes) -> None:
     start = offset - reply.offset
     if not content or start < 0 or start + len(content) > reply.length:
         raise RemoteProtocolError(what="read content outside the request")
+    if not reply.data:
+        reply.data = bytearray(reply.length)  # not before a server sends some of it
     reply.data[start : start + len(content)] = content
     reply.covered += len(content)
 
