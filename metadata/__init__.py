@@ -22,14 +22,18 @@ from .errors import (
     NotPoolMetadata,
     OutOfRange,
     ReadOnlyMetadata,
+    RestoreInvalid,
     ShortRead,
     UnsupportedPool,
+    XmlInvalid,
 )
 from .format import format_pool
 from .layout import BLOCK_BYTES, METADATA_BLOCKS_MAX, pack_mapping, unpack_mapping
+from .pool_build import BuildReport
 from .pool_metadata import LeafView, PoolMetadata, Usage
 from .problems import Affected, Fault, Place, Problem, Severity
 from .recount import recount
+from .restore import restore
 from .store import BlockStore, FileStore, MemoryStore
 from .superblock import Superblock
 
@@ -41,6 +45,7 @@ __all__ = [
     "BlockDamaged",
     "BlockKind",
     "BlockStore",
+    "BuildReport",
     "ClockExhausted",
     "CommitPending",
     "CommitReport",
@@ -66,14 +71,17 @@ __all__ = [
     "PreparedCommit",
     "Problem",
     "ReadOnlyMetadata",
+    "RestoreInvalid",
     "Severity",
     "ShortRead",
     "Superblock",
     "UnsupportedPool",
     "Usage",
+    "XmlInvalid",
     "dump",
     "format_pool",
     "pack_mapping",
     "recount",
+    "restore",
     "unpack_mapping",
 ]

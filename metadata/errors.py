@@ -238,3 +238,25 @@ class ShortRead(MetadataError):
             f"reading {self.count} metadata block(s) at {self.first} gave only {self.received_bytes} bytes; "
             "the storage is shorter than it was when it was opened"
         )
+
+
+@dataclass(eq=False)
+class XmlInvalid(MetadataError):
+    """A dump in XML cannot be read."""
+
+    line: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"the XML dump is not usable at line {self.line}: {self.problem}"
+
+
+@dataclass(eq=False)
+class RestoreInvalid(MetadataError):
+    """A device in a dump contradicts itself or its pool."""
+
+    device_id: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"device {self.device_id} of the dump cannot be restored: {self.problem}"

@@ -31,7 +31,7 @@ from .layout import (
 from .node import CAPACITY, Node, decode_node
 from .store import BlockStore
 
-_HEADER = np.dtype(
+HEADER = np.dtype(
     [
         ("sum", "<u4"),
         ("flags", "<u4"),
@@ -42,7 +42,7 @@ _HEADER = np.dtype(
         ("padding", "<u4"),
     ]
 )
-assert _HEADER.itemsize == NODE_HEADER_BYTES
+assert HEADER.itemsize == NODE_HEADER_BYTES
 _LABEL = BlockKind.NODE.label
 _HOLE = bytes(BLOCK_BYTES)
 
@@ -144,7 +144,7 @@ def _usual_leaves(raw: bytes, matrix: U8Array, locations: U64Array, value_bytes:
         [raw_sum(view[offset : offset + BLOCK_BYTES]) for offset in range(0, len(raw), BLOCK_BYTES)],
         np.uint32,
     )
-    header = matrix[:, :NODE_HEADER_BYTES].copy().view(_HEADER).reshape(-1)
+    header = matrix[:, :NODE_HEADER_BYTES].copy().view(HEADER).reshape(-1)
     usual: NDArray[np.bool_] = (sums ^ header["sum"]) == BlockKind.NODE
     usual &= header["location"] == locations
     usual &= header["flags"] & (NODE_INTERNAL | NODE_LEAF) == NODE_LEAF
