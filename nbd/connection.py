@@ -84,7 +84,7 @@ class Connection:
         self._standing = _Standing()
         self._drop_lock = threading.Lock()
         self._closed = False
-        self._received_anything = False
+        self._handshake: ServerHandshake | None = None
 
     @property
     def negotiating(self) -> bool:
@@ -99,8 +99,8 @@ class Connection:
     @property
     def export_name(self) -> str | None:
         """The canonical name of the export in use."""
-        terms = self._standing.terms
-        return None if terms is None else terms.export.name
+        handshake = self._handshake
+        return None if handshake is None else handshake.opened_export
 
     def info(self) -> ConnectionInfo:
         """Describe the connection for a status display."""
@@ -150,6 +150,7 @@ class Connection:
             limits=self._services.limits,
             listing=self._services.listing,
         )
+        self._handshake = handshake
         try:
             terms = self._negotiate(handshake)
         except BaseException:

@@ -64,6 +64,12 @@ class ServerHandshake:
         return self._phase
 
     @property
+    def opened_export(self) -> str | None:
+        """The canonical name of the export that is being or has been opened, set before the client is told."""
+        export = self._negotiation.opened
+        return None if export is None else export.name
+
+    @property
     def pending(self) -> int:
         """Number of bytes received and not yet consumed."""
         return len(self._buffer)

@@ -1,4 +1,7 @@
-"""A bound on log lines: clients decide how often something goes wrong, so they must not decide how much is logged."""
+"""A bound on log lines: clients decide how often something goes wrong, so they must not decide how much is logged.
+
+Nor how it looks: names come from clients, so whatever is not printable is escaped.
+"""
 
 import threading
 from collections.abc import Callable
@@ -31,4 +34,13 @@ class LogLimit:
                 return
         if left_out:
             self._log(f"{left_out} more lines about clients were left out")
-        self._log(text)
+        self._log(_printable(text))
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -83,6 +83,7 @@ class Negotiation:
         self._queries = 0
         self._promise: _Promise | None = None
         self._session: Session | None = None
+        self.opened: Export | None = None
 
     @property
     def refuses_plaintext(self) -> bool:
@@ -107,6 +108,7 @@ class Negotiation:
         if self._session is not None:
             self._session.close()
             self._session = None
+            self.opened = None
 
     def forget_for(self, option: int) -> None:
         """Apply what even an unreadable option does to the state."""
@@ -198,7 +200,12 @@ class Negotiation:
 
     def _open(self, export: Export, size_bytes: int, flags: TransmissionFlag) -> Terms:
         """Open the export: the last step before the final reply, and the first that touches the device."""
-        self._session = export.open()
+        self.opened = export  # visible before the client can know, so that nobody misses a user of the export
+        try:
+            self._session = export.open()
+        except BaseException:
+            self.opened = None
+            raise
         return Terms(
             export=export,
             session=self._session,

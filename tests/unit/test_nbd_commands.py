@@ -44,7 +44,8 @@ def content(disk: MemoryDevice, offset: int, length: int) -> bytes:
     return bytes(disk.data[offset : offset + length])
 
 
-# --- READ ------------------------------------------------------------------------------------------------------------
+# --- READ
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_read_of_a_hole_is_a_hole_chunk(disk: MemoryDevice, style: dict[str, bool]) -> None:
@@ -92,7 +93,8 @@ def test_reading_allocates_nothing(disk: MemoryDevice, style: dict[str, bool]) -
     assert not {entry[0] for entry in disk.log or []} & {"write", "zero", "trim"}
 
 
-# --- WRITE, FLUSH ----------------------------------------------------------------------------------------------------
+# --- WRITE, FLUSH
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_full_device_answers_no_space_and_goes_on(disk: MemoryDevice, style: dict[str, bool]) -> None:
@@ -124,7 +126,8 @@ def test_flush_on_a_read_only_export_succeeds() -> None:
     assert converse(disk, [Request(FLUSH)]).errors == [0]
 
 
-# --- TRIM, WRITE_ZEROES, CACHE -----------------------------------------------------------------------------------------
+# --- TRIM, WRITE_ZEROES, CACHE
+# -----------------------------------------------------------------------------------------
 
 
 def test_trim_unmaps_and_reads_as_zeros(disk: MemoryDevice, style: dict[str, bool]) -> None:
@@ -169,7 +172,8 @@ def test_cache_failing_does_not_hurt_later_requests(disk: MemoryDevice) -> None:
     assert converse(disk, requests).errors == [Errno.EIO, Errno.EIO, 0]
 
 
-# --- BLOCK_STATUS ------------------------------------------------------------------------------------------------------
+# --- BLOCK_STATUS
+# ------------------------------------------------------------------------------------------------------
 
 
 def status(disk: MemoryDevice, style: dict[str, bool], *requests: Request, contexts: list[str]) -> Outcome:

@@ -42,7 +42,8 @@ def infos(answers: list[tuple[int, bytes]]) -> dict[int, bytes]:
     return {struct.unpack_from(">H", payload)[0]: payload[2:] for _, payload in answers[:-1]}
 
 
-# --- 2.1 connection start and framing ------------------------------------------------------------------------------
+# --- 2.1 connection start and framing
+# ------------------------------------------------------------------------------
 
 
 def test_greeting_is_fixed_newstyle_with_no_other_flag(disk: MemoryDevice) -> None:
@@ -185,7 +186,8 @@ def test_error_replies_carry_a_text(talk: Dialogue) -> None:
     assert "nobody" in text.decode()
 
 
-# --- 2.2 strings -----------------------------------------------------------------------------------------------------
+# --- 2.2 strings
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 4095, 4096])
@@ -238,7 +240,8 @@ def test_our_texts_are_cut_on_a_character_border() -> None:
     assert entry[8:].decode() == "é" * 2048
 
 
-# --- 2.3 options -------------------------------------------------------------------------------------------------------
+# --- 2.3 options
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_export_name_answers_without_a_reply_header(talk: Dialogue, disk: MemoryDevice) -> None:

@@ -252,7 +252,8 @@ def test_huge_effect_lengths_are_passed_on(monkeypatch: pytest.MonkeyPatch, leng
     assert ("trim", 4096, length) in (disk.log or [])
 
 
-# --- payloads that do not arrive ------------------------------------------------------------------------------------
+# --- payloads that do not arrive
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [100, 4096, 256 * 1024, 300_000, 2 * MIB])
