@@ -188,7 +188,9 @@ def test_attach_wants_a_server(pool: Path):
     refused(run("stop", str(pool)), 7)
 
 
-@pytest.mark.parametrize("command", ["init", "status", "create", "list", "snapshot", "delete", "rename", "resize"])
+@pytest.mark.parametrize(
+    "command", ["init", "status", "create", "list", "snapshot", "delete", "rename", "resize"]
+)
 def test_every_command_has_help_with_examples_and_refuses_unknown_options(command: str):
     done = run(command, "--help")
     assert done.returncode == 0

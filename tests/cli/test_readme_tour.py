@@ -45,4 +45,6 @@ def test_every_command_of_the_tour_works(tmp_path: Path):
             )
             assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
     finally:
-        subprocess.run(["thinpool", "stop", "pool"], cwd=tmp_path, env=environment, capture_output=True, check=False)
+        subprocess.run(
+            ["thinpool", "stop", "pool"], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
