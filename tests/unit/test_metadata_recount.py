@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from metadata import Affected, Fault, MemoryStore, PoolMetadata, Severity, format_pool, recount
+from metadata import (
+    Affected,
+    Fault,
+    MemoryStore,
+    PoolMetadata,
+    Severity,
+    Superblock,
+    dump,
+    format_pool,
+    recount,
+)
+from metadata.bitmap import Bitmap, decode_bitmap
+from metadata.checksum import seal, sniff
 from metadata.layout import BLOCK_BYTES
+from metadata.node import make_internal
 from tests.fakes.metadata_edits import Image
 
 MAPPED = 3000
@@ -446,8 +460,6 @@ def test_any_block_in_use_that_is_spoilt_is_noticed(spoil: Callable):
 
 def test_garbage_with_good_checksums_raises_nothing():
     """Random numbers in the header, keys and values of nodes, checksum right: found or not, never an exception."""
-    from metadata.checksum import BlockKind, seal, sniff
-
     random = np.random.default_rng(2)
     for _ in range(400):
         image = Image(POOL)
@@ -462,5 +474,87 @@ def test_garbage_with_good_checksums_raises_nothing():
                 block[at : at + 4] = int(random.choice([0, 1, 2, 255, 2**31, 2**32 - 1])).to_bytes(
                     4, "little"
                 )
-            image.put(location, seal(block, kind or BlockKind.NODE, location))
+            image.put(location, seal(block, kind, location))
         recount(image)
+
+
+# Rare shapes
+
+
+def free_places(image: Image, count: int) -> list[int]:
+    """Unused metadata blocks to put nodes into."""
+    return [block for block in range(599, 0, -1) if image.count("metadata_space", block) == 0][:count]
+
+
+def test_path_deeper_than_any_tree(image: Image):
+    leaf = image.leaves(image.root_of(1))[0]
+    below = leaf
+    for place in free_places(image, 20):
+        image.put(place, make_internal(np.array([0], np.uint64), np.array([below], np.uint64)).encode(place))
+        below = place
+    image.edit_values(image.root_of(1), lambda values: values.__setitem__(0, below))
+    assert Fault.TOO_DEEP in faults(image)
+
+
+def test_node_on_two_levels(image: Image):
+    """An inner node and, below it, the leaf that stands beside it."""
+    root = image.root_of(1)
+    node = image.node(root)
+    place = free_places(image, 1)[0]
+    inner = make_internal(node.keys[:1], node.values[1:2])
+    image.put(place, inner.encode(place))
+    image.edit_values(root, lambda values: values.__setitem__(0, place))
+    assert Fault.UNEVEN in faults(image)
+
+
+def test_smaller_capacity_is_read_and_dumped(image: Image):
+    """The format lets a node say that it has room for less than it could; thin_check takes that too."""
+    for leaf in image.leaves(image.root_of(1)):
+        node = image.node(leaf)
+        if len(node.keys) <= 249:
+            image.set_node(leaf, capacity=249)
+    assert recount(image) == []
+    written: list[str] = []
+    dump(image, written.append)
+    expected: list[str] = []
+    dump(MemoryStore(POOL), expected.append)
+    assert written == expected
+
+
+def test_metadata_snapshot_that_holds_another(image: Image):
+    held = image.superblock.held_root
+    copy = Superblock.unpack(image.block(held), held)
+    image.put(held, replace(copy, held_root=5).pack())
+    assert only(image, Fault.HELD, Severity.ERROR).first == held
+
+
+@pytest.mark.parametrize("held", [1, 600, 2**64 - 1])
+def test_metadata_snapshot_in_a_wrong_place(image: Image, held: int):
+    image.set_superblock(held_root=held)
+    assert {Fault.CROSS_LINKED, Fault.OUTSIDE, Fault.HELD} & set(faults(image))
+
+
+def test_a_flood_of_problems_is_dammed(image: Image):
+    location, _ = image.bitmap_of("data_space", 0)
+    counts = decode_bitmap(image.block(location), location).counts.copy()
+    counts[7000:15000:2] = 1
+    image.put(location, Bitmap(counts).encode(location))
+    found = faults(image)
+    assert len(found[Fault.COUNT_LEAK]) == 1000
+    assert len(found[Fault.MORE]) == 1
+
+
+def test_bitmap_missing_from_the_index_or_too_many(image: Image):
+    root = image.superblock.data_space.bitmap_root
+    node = image.node(root)
+    image.set_node(root, node.keys[:1], node.values[:1])
+    assert Fault.NO_BITMAP in faults(image)
+    image.set_node(root, [*node.keys.tolist(), 9], np.append(node.values, node.values[:1]))
+    assert {Fault.EXTRA_BITMAP, Fault.CROSS_LINKED} <= set(faults(image))
+
+
+def test_damaged_bitmap(image: Image):
+    location, _ = image.bitmap_of("data_space", 0)
+    image.image[location * BLOCK_BYTES + 99] ^= 4
+    problem = faults(image)[Fault.UNREADABLE][0]
+    assert (problem.place.begin, problem.place.end) == (0, 16320)
