@@ -1,7 +1,7 @@
 """Is a pool that a cut left behind one that the promise allows?
 
-In: two checks of one image. `Checker.check` is quick: the metadata is opened by the real code and recounted by an
-independent audit, the catalogue is recovered by the real code, and every device's sectors are compared with the
+In: two checks of one image. `Checker.check` is quick: the metadata is opened by the real code and recounted from
+the roots up, the catalogue is recovered by the real code, and every device's sectors are compared with the
 oracle's by number. `Checker.recover` opens the pool with the real engine, reads every byte through a session, then
 goes on working with it and opens it again. Out: making images (`disk_history`), choosing them (`crash_search`).
 
@@ -22,11 +22,10 @@ from random import Random
 
 import numpy as np
 
-from metadata import MetadataError, PoolMetadata, ShortRead
+from metadata import MetadataError, PoolMetadata, ShortRead, recount
 from tests.fakes.crash_oracle import DeviceModel, Violation, World
 from tests.fakes.crash_scenario import Scenario
 from tests.fakes.disk_history import Contents, Image, Kind
-from tests.fakes.metadata_audit import Audit
 from tests.fakes.simulated_disk import BLOCK_SECTORS, SECTOR_BYTES, SimulatedCatalog, SimulatedDisk
 from thinpool.catalog import CatalogEntry
 from thinpool.errors import ThinPoolError
@@ -79,14 +78,6 @@ class ImageStore:
 
     def close(self) -> None:
         pass
-
-
-class _NotingAudit(Audit):
-    blocks: set[int]
-
-    def raw(self, block: int) -> bytes:
-        self.blocks.add(block)
-        return super().raw(block)
 
 
 class Checker:
@@ -245,9 +236,9 @@ def _open(store: ImageStore) -> View:
         if pool.needs_check:
             raise Violation("the pool is marked as needing a check")
         pool.unavailable_data()
-        audit = _NotingAudit(store.image)
-        audit.blocks = store.blocks
-        audit.run()
+        wrong = recount(store)
+        if wrong:
+            raise Violation(f"the recount finds {len(wrong)} problems, first: {wrong[0]}")
         devices = {}
         for record in pool.devices():
             pairs = list(pool.mappings(record.device_id))
@@ -256,7 +247,7 @@ def _open(store: ImageStore) -> View:
             devices[record.device_id] = (keys.astype(np.int64), (values >> np.uint64(24)).astype(np.int64))
     except Violation:
         raise
-    except (AssertionError, MetadataError, OSError, KeyError, IndexError, ValueError) as error:
+    except (MetadataError, OSError) as error:
         raise Violation(f"the metadata is damaged: {type(error).__name__} {error}") from error
     return View(pool.transaction_id, pool.data_blocks, devices)
 

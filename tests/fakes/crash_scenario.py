@@ -45,7 +45,7 @@ SECTOR_BYTES = 512
 BLOCK_SECTORS = 128
 BLOCK_BYTES = BLOCK_SECTORS * SECTOR_BYTES
 DEVICES_MAX = 7
-DEVICE_BLOCKS_MAX = 10
+DEVICE_BLOCKS_MAX = 6
 STAMP = 0x7468696E706F6F6C  # "thinpool"
 
 
@@ -84,7 +84,7 @@ class Shape:
     def of(cls, random: Random, steps: int) -> Shape:
         if random.random() < 0.06:
             return cls(random.randrange(420, 560), 320, steps, False, random.randrange(260, 400))
-        return cls(random.randrange(10, 40), random.choice((200, 256)), steps, random.random() < 0.4)
+        return cls(random.randrange(6, 22), random.choice((200, 256)), steps, random.random() < 0.4)
 
 
 class Scenario:
@@ -200,7 +200,9 @@ class Scenario:
     def _range(self, model: DeviceModel) -> tuple[int, int]:
         """Sectors for a write: often a whole block, often a few sectors, often where others wrote before."""
         random, sectors = self.random, model.sectors
-        block = random.randrange(-(-sectors // BLOCK_SECTORS)) * BLOCK_SECTORS
+        # The first blocks of all devices are busy ones, so that what is shared is changed by several.
+        blocks = -(-sectors // BLOCK_SECTORS)
+        block = random.randrange(min(blocks, 2) if random.random() < 0.6 else blocks) * BLOCK_SECTORS
         shape = random.random()
         if shape < 0.25:
             first, count = block, BLOCK_SECTORS
@@ -294,7 +296,7 @@ class Scenario:
         origin = self._some_device()
         if origin is None or len(self.oracle.world) >= DEVICES_MAX:
             return
-        step = steps.TakeSnapshot(origin, f"s{self.number()}", self._counter, self.random.random() < 0.6)
+        step = steps.TakeSnapshot(origin, f"s{self.number()}", self._counter, self.random.random() < 0.4)
         with self._structural(step):
             self.pool.create_snapshot(origin, step.name, read_only=step.read_only)
 
@@ -318,7 +320,9 @@ class Scenario:
         name = self._some_device(lambda model: not model.read_only)
         if name is None:
             return
-        sectors = self._new_sectors()
+        present = self.oracle.world[name].sectors
+        near = present + self.random.choice((-128, -100, -60, -9, 9, 60, 100, 128))
+        sectors = max(near, 1) if self.random.random() < 0.6 else self._new_sectors()
         # A client keeps the size it was told, and its session the block map it began with.
         self._disconnect(name)
         with self._structural(steps.Resize(name, sectors)):
@@ -411,20 +415,20 @@ def _describe(step: Step) -> str:
 CHOICES: dict[str, tuple[int, Callable[[Scenario], None]]] = {
     "write": (26, Scenario._write),
     "pipeline": (8, Scenario._pipeline),
-    "trim": (7, Scenario._trim),
+    "trim": (10, Scenario._trim),
     "zero": (5, Scenario._zero),
     "flush": (9, Scenario._flush),
     "create": (7, Scenario._create),
     "snapshot": (9, Scenario._snapshot),
     "delete": (4, Scenario._delete),
     "rename": (2, Scenario._rename),
-    "resize": (4, Scenario._resize),
+    "resize": (6, Scenario._resize),
     "rollback": (4, Scenario._rollback),
     "grow": (2, Scenario._grow),
     "metadata-snapshot": (2, Scenario._metadata_snapshot),
     "periodic": (4, Scenario._periodic),
     "reclaim": (2, Scenario._reclaim),
-    "look": (4, Scenario._look),
+    "look": (5, Scenario._look),
     "reopen": (2, Scenario._reopen),
     "read": (2, Scenario._read),
 }

@@ -1,0 +1,362 @@
+"""Deliberate mistakes in the engine, to show that the crash search finds mistakes.
+
+Each mutant is a context manager that replaces functions of the real packages for its duration, in tests only. Some
+are mistakes that the search did find once. What a mutant breaks is said in `MUTANTS`, with the number of crash
+states within which it must be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import numpy as np
+
+from metadata import pool_metadata
+from metadata.pool_metadata import PoolMetadata
+from metadata.transaction import Transaction
+from nbd.constants import CommandFlag
+from nbd.execution import Executor
+from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedData, SimulatedDisk
+from thinpool.catalog import Catalog, Put
+from thinpool.device import ThinDevice
+from thinpool.engine import Engine
+from thinpool.free_map import FreeMap
+from thinpool.pool import Pool
+from thinpool.reclaim import Reclaimer
+from thinpool.session import Session
+
+
+def _instead(owner: object, name: str, function: object) -> AbstractContextManager[object]:
+    return mock.patch.object(owner, name, function)
+
+
+def data_not_flushed() -> AbstractContextManager[object]:
+    return _instead(SimulatedData, "flush", lambda self: None)
+
+
+def superblock_first() -> AbstractContextManager[object]:
+    def write(store, prepared) -> None:  # noqa: ANN001
+        if prepared.superblock is not None:
+            store.write(0, prepared.superblock.pack())
+            for first, data in prepared.runs:
+                store.write(first, data)
+            store.flush()
+
+    return _instead(pool_metadata, "write_prepared", write)
+
+
+def one_metadata_flush() -> AbstractContextManager[object]:
+    def write(store, prepared) -> None:  # noqa: ANN001
+        if prepared.superblock is not None:
+            for first, data in prepared.runs:
+                store.write(first, data)
+            store.write(0, prepared.superblock.pack())
+            store.flush()
+
+    return _instead(pool_metadata, "write_prepared", write)
+
+
+def superblock_not_flushed() -> AbstractContextManager[object]:
+    def write(store, prepared) -> None:  # noqa: ANN001
+        if prepared.superblock is not None:
+            for first, data in prepared.runs:
+                store.write(first, data)
+            store.flush()
+            store.write(0, prepared.superblock.pack())
+
+    return _instead(pool_metadata, "write_prepared", write)
+
+
+@contextmanager
+def _early_frees(use: Callable[[Engine, np.ndarray], None], *, reused: bool) -> Iterator[None]:
+    """Data blocks that an unmapping frees are used by `use` at once, not after the commit."""
+    early: set[int] = set()
+    original_remove, original_add = ThinDevice._remove, Reclaimer.add
+
+    def remove(self, begin: int, end: int) -> None:  # noqa: ANN001
+        metadata = self.engine.metadata
+        before = metadata.data_counts(0, metadata.data_blocks)
+        original_remove(self, begin, end)
+        after = metadata.data_counts(0, metadata.data_blocks)
+        freed = np.flatnonzero((before > 0) & (after == 0)).astype(np.uint64)
+        if reused:
+            early.update(freed.tolist())
+        use(self.engine, freed)
+
+    def add(self, blocks: np.ndarray) -> None:  # noqa: ANN001
+        known = np.array([block in early for block in blocks.tolist()], np.bool_)
+        early.difference_update(blocks.tolist())
+        original_add(self, blocks[~known])
+
+    with _instead(ThinDevice, "_remove", remove), _instead(Reclaimer, "add", add):
+        yield
+
+
+def _punch(engine: Engine, blocks: np.ndarray) -> None:
+    for block in blocks.tolist():
+        engine.data.punch(block * engine.block_bytes, engine.block_bytes)
+
+
+def _release(engine: Engine, blocks: np.ndarray) -> None:
+    # Not punched: that would be another mistake. Their first user clears them.
+    engine.free.release(blocks)
+    engine.free._scrubbed[: len(engine.free._scrubbed)] = 0
+
+
+def freed_data_reused_at_once() -> AbstractContextManager[object]:
+    return _early_frees(_release, reused=True)
+
+
+def punched_before_commit() -> AbstractContextManager[object]:
+    return _early_frees(_punch, reused=False)
+
+
+@contextmanager
+def names_promoted_early() -> Iterator[None]:
+    original = Catalog.stage
+
+    def stage(self, transaction_id: int, changes) -> None:  # noqa: ANN001
+        original(self, transaction_id, changes)
+        self.promote(transaction_id)
+
+    with _instead(Catalog, "stage", stage):
+        yield
+
+
+@contextmanager
+def names_staged_in_memory_only() -> Iterator[None]:
+    waiting: list = []
+
+    def stage(self, transaction_id: int, changes) -> None:  # noqa: ANN001
+        waiting[:] = changes
+
+    with (
+        _instead(Catalog, "stage", stage),
+        _instead(Catalog, "promote", lambda self, transaction_id: self.apply(list(waiting))),
+    ):
+        yield
+
+
+def staged_names_forgotten_on_open() -> AbstractContextManager[object]:
+    return _instead(Catalog, "recover", lambda self, transaction_id: self.discard_staged())
+
+
+@contextmanager
+def staged_names_always_promoted_on_open() -> Iterator[None]:
+    def recover(self, transaction_id: int) -> None:  # noqa: ANN001
+        found = self._connection.execute("SELECT transaction_id FROM staged").fetchone()
+        if found is not None:
+            self.promote(int(found[0]))
+
+    with _instead(Catalog, "recover", recover):
+        yield
+
+
+def transaction_id_not_moved() -> AbstractContextManager[object]:
+    return _instead(PoolMetadata, "set_transaction_id", lambda self, value: None)
+
+
+def flush_acknowledged_early() -> AbstractContextManager[object]:
+    return _instead(Session, "flush", lambda self: None)
+
+
+@contextmanager
+def fua_ignored() -> Iterator[None]:
+    original = Executor._modify
+
+    def modify(self, request, payload) -> None:  # noqa: ANN001
+        original(self, request._replace(flags=request.flags & ~CommandFlag.FUA), payload)
+
+    with _instead(Executor, "_modify", modify):
+        yield
+
+
+def flush_skips_unmappings() -> AbstractContextManager[object]:
+    def commit(self) -> None:  # noqa: ANN001
+        with self.transaction:
+            if any(device.pending for device in self.devices.values()):
+                self.commit()
+            else:
+                self.data.flush()
+
+    return _instead(Engine, "commit_if_dirty", commit)
+
+
+def free_blocks_not_scrubbed() -> AbstractContextManager[object]:
+    def scrub(self, region: int) -> None:  # noqa: ANN001
+        self._scrubbed[region] = 1
+
+    return _instead(FreeMap, "_scrub_region", scrub)
+
+
+def freed_blocks_not_punched() -> AbstractContextManager[object]:
+    def give_back(self, blocks: np.ndarray) -> int:  # noqa: ANN001
+        self._free.release(blocks)
+        return len(blocks)
+
+    return _instead(Reclaimer, "_return", give_back)
+
+
+def freed_metadata_reused_at_once() -> AbstractContextManager[object]:
+    def list_free(self, chunk: int) -> list[int]:  # noqa: ANN001
+        free = np.flatnonzero(self.counts.chunk(chunk) == 0)
+        inside = free[free < self.counts.blocks]
+        return inside[::-1].tolist()
+
+    return _instead(Transaction, "_list_free", list_free)
+
+
+@contextmanager
+def metadata_changed_in_place() -> Iterator[None]:
+    original = Transaction.replace
+
+    def change(self, location: int) -> tuple[int, bool]:  # noqa: ANN001
+        if not self.is_shared(location):
+            self._fresh.add(location)
+        return original(self, location)
+
+    with _instead(Transaction, "replace", change):
+        yield
+
+
+def snapshot_misses_new_mappings() -> AbstractContextManager[object]:
+    def take(self, device_id: int) -> None:  # noqa: ANN001
+        engine = self.engine
+        with self.quiet():
+            with engine.changing_tree():
+                engine.metadata.create_snapshot(device_id, self.device_id)
+                engine.time = engine.metadata.time
+                self.shared_before = engine.metadata.device(self.device_id).snapshotted_time
+            self._judged.setall(0)
+
+    return _instead(ThinDevice, "take_point_in_time", take)
+
+
+@contextmanager
+def origin_writes_into_its_snapshot() -> Iterator[None]:
+    original = ThinDevice.take_point_in_time
+
+    def take(self, device_id: int) -> None:  # noqa: ANN001
+        before = self.shared_before
+        original(self, device_id)
+        self.shared_before = before
+
+    with _instead(ThinDevice, "take_point_in_time", take):
+        yield
+
+
+@contextmanager
+def shared_block_not_copied() -> Iterator[None]:
+    original = ThinDevice._fill
+
+    def fill(self, block: int, old_entry: int, inside: int, data) -> None:  # noqa: ANN001
+        original(self, block, 1, inside, data)
+
+    with _instead(ThinDevice, "_fill", fill):
+        yield
+
+
+@contextmanager
+def sharing_judged_in_transaction() -> Iterator[None]:
+    original = ThinDevice._judge_sharing
+
+    def judge(self, index: int) -> None:  # noqa: ANN001
+        with mock.patch.object(PoolMetadata, "dirty", new=False):
+            original(self, index)
+
+    with _instead(ThinDevice, "_judge_sharing", judge):
+        yield
+
+
+def metadata_length_not_durable() -> AbstractContextManager[object]:
+    import os
+
+    from tests.fakes.disk_history import File
+
+    def lengthen(self, length_bytes: int) -> None:  # noqa: ANN001
+        os.ftruncate(self.metadata, length_bytes)
+        self.resized(File.METADATA, length_bytes)
+
+    return _instead(SimulatedDisk, "_lengthen_metadata", lengthen)
+
+
+@contextmanager
+def shrink_zeroes_first() -> Iterator[None]:
+    def cut(self, entry, size_bytes: int) -> None:  # noqa: ANN001
+        end = -(-size_bytes // self.block_bytes)
+        tail = min(end * self.block_bytes, entry.size_bytes) - size_bytes
+        if tail:
+            session = self._device(entry).open()
+            session.zero(size_bytes, tail, keep_allocated=False, fast_only=False)
+            session.close()
+        with self._step([Put(replace(entry, size_bytes=size_bytes))]):
+            self._device(entry).unmap(end, max(end, -(-entry.size_bytes // self.block_bytes)))
+
+    with _instead(Pool, "_cut", cut):
+        yield
+
+
+def growth_shows_the_old_tail() -> AbstractContextManager[object]:
+    return _instead(Pool, "_clear_past_end", lambda self, entry: None)
+
+
+def rename_forgets_the_snapshots() -> AbstractContextManager[object]:
+    return _instead(Pool, "_reparented", lambda self, origin, new_origin: [])
+
+
+def catalogue_written_in_two_steps() -> AbstractContextManager[object]:
+    def apply(self, changes, *, forget_staged: bool) -> None:  # noqa: ANN001
+        for change in changes:
+            original(self, [change], forget_staged=False)
+        if forget_staged:
+            self.discard_staged()
+
+    original = Catalog._apply
+    return _instead(SimulatedCatalog, "_apply", apply)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """`states`: images within which the search, from the first seed on, must have found it."""
+
+    switch: Callable[[], AbstractContextManager[object]]
+    breaks: str
+    states: int
+
+    @property
+    def name(self) -> str:
+        return self.switch.__name__
+
+
+MUTANTS = [
+    Mutant(data_not_flushed, "commits without flushing the data first", 2_000),
+    Mutant(superblock_first, "writes the superblock before the blocks it names", 2_000),
+    Mutant(one_metadata_flush, "no flush between the blocks and the superblock", 2_000),
+    Mutant(superblock_not_flushed, "no flush after the superblock", 2_000),
+    Mutant(metadata_changed_in_place, "overwrites unshared committed blocks", 2_000),
+    Mutant(freed_metadata_reused_at_once, "reuses metadata blocks freed in the transaction", 5_000),
+    Mutant(freed_data_reused_at_once, "reuses data blocks freed in the transaction", 20_000),
+    Mutant(punched_before_commit, "punches data blocks before the commit that frees them", 20_000),
+    Mutant(freed_blocks_not_punched, "hands out freed blocks with their old content", 20_000),
+    Mutant(free_blocks_not_scrubbed, "trusts free blocks after a cut to read zeros", 50_000),
+    Mutant(names_promoted_early, "promotes names before the metadata commit", 2_000),
+    Mutant(names_staged_in_memory_only, "stages names without making them durable", 2_000),
+    Mutant(staged_names_forgotten_on_open, "drops staged names whose metadata is committed", 2_000),
+    Mutant(staged_names_always_promoted_on_open, "promotes staged names whose metadata is not", 2_000),
+    Mutant(transaction_id_not_moved, "does not tie names to a commit", 2_000),
+    Mutant(catalogue_written_in_two_steps, "promotes rows one by one", 20_000),
+    Mutant(rename_forgets_the_snapshots, "leaves origins with the old name", 20_000),
+    Mutant(flush_acknowledged_early, "acknowledges FLUSH without a commit", 2_000),
+    Mutant(fua_ignored, "acknowledges FUA without a commit", 20_000),
+    Mutant(flush_skips_unmappings, "a flush does not commit when only trims happened", 20_000),
+    Mutant(snapshot_misses_new_mappings, "a snapshot leaves out mappings not in the tree yet", 5_000),
+    Mutant(origin_writes_into_its_snapshot, "the origin does not copy after a snapshot", 5_000),
+    Mutant(shared_block_not_copied, "breaking of sharing does not copy", 5_000),
+    Mutant(sharing_judged_in_transaction, "takes a block for its own whose sharer is not committed gone", 100_000),
+    Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 50_000),
+    Mutant(shrink_zeroes_first, "shrinking destroys what it has not cut off yet", 50_000),
+    Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 50_000),
+]
