@@ -120,7 +120,7 @@ class Reading:
             count = min(_PIECE_BYTES, end - where)
             parts: list[Buffer] = []
             try:
-                self._locked(where, count, parts)
+                holes = self._locked(where, count, parts)
             except OSError as error:
                 if where == offset:
                     raise
@@ -133,6 +133,8 @@ class Reading:
                 return
             if single and where == offset:
                 parts.insert(0, replies.data_head(cookie, offset, offset, length, done=True))
+            elif not single and holes == count:
+                parts = [replies.hole(cookie, offset, where, count, done=False)]
             elif not single:
                 parts.insert(0, replies.data_head(cookie, offset, where, count, done=False))
             self._send(parts)

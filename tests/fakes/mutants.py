@@ -355,7 +355,9 @@ MUTANTS = [
     Mutant(snapshot_misses_new_mappings, "a snapshot leaves out mappings not in the tree yet", 5_000),
     Mutant(origin_writes_into_its_snapshot, "the origin does not copy after a snapshot", 5_000),
     Mutant(shared_block_not_copied, "breaking of sharing does not copy", 5_000),
-    Mutant(sharing_judged_in_transaction, "takes a block for its own whose sharer is not committed gone", 100_000),
+    Mutant(
+        sharing_judged_in_transaction, "takes a block for its own whose sharer is not committed gone", 100_000
+    ),
     Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 50_000),
     Mutant(shrink_zeroes_first, "shrinking destroys what it has not cut off yet", 50_000),
     Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 50_000),

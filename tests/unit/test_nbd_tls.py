@@ -58,20 +58,22 @@ def secured(served: Served, certificates: Path | None, export: str = "disk", **s
 
 @pytest.mark.parametrize("style", [{"structured": False}, {"structured": True}, {"extended": True}])
 def test_everything_works_inside_tls(disk: MemoryDevice, certificates: Path, style: dict[str, bool]) -> None:
-    with serving([disk], tls=CertificateTls(certificates)) as served:
-        with secured(served, certificates, **style) as client:
-            assert client.read(0, 512) == bytes(range(256)) * 2
-            assert client.read(100, 3 * MIB) == bytes(disk.data[100 : 100 + 3 * MIB])
-            assert client.read(5 * MIB, 4096) == bytes(4096)
-            assert client.read(3 * MIB, 3 * MIB) == bytes(disk.data[3 * MIB : 6 * MIB])
-            client.write(7, b"encrypted" * 100_000)
-            assert client.read(7, 9) == b"encrypted"
-            client.trim(0, 65536)
-            client.flush()
-            with pytest.raises(RemoteError):
-                client.read(8 * MIB, 1)
-            assert served.server.connections()[0].tls
-            client.disconnect()
+    with (
+        serving([disk], tls=CertificateTls(certificates)) as served,
+        secured(served, certificates, **style) as client,
+    ):
+        assert client.read(0, 512) == bytes(range(256)) * 2
+        assert client.read(100, 3 * MIB) == bytes(disk.data[100 : 100 + 3 * MIB])
+        assert client.read(5 * MIB, 4096) == bytes(4096)
+        assert client.read(3 * MIB, 3 * MIB) == bytes(disk.data[3 * MIB : 6 * MIB])
+        client.write(7, b"encrypted" * 100_000)
+        assert client.read(7, 9) == b"encrypted"
+        client.trim(0, 65536)
+        client.flush()
+        with pytest.raises(RemoteError):
+            client.read(8 * MIB, 1)
+        assert served.server.connections()[0].tls
+        client.disconnect()
 
 
 def test_tls_never_touches_the_data_files_mapping(
