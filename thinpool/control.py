@@ -15,12 +15,14 @@ with 503 and `ServerStopping`: nothing was done, so a client may wait for the en
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -163,6 +165,30 @@ def _answering(host: Host, handler: Handler) -> Handler:
     return answer
 
 
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its ten wake-ups a second: the server of an idle pool uses no CPU."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leave = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Wait for `leave`."""
+        self._loop = asyncio.get_running_loop()
+        await self.on_tick(0)
+        while not self.should_exit:
+            await self._leave.wait()
+
+    def leave(self) -> None:
+        """End the main loop, from any thread."""
+        self.should_exit = True
+        if self._loop is not None:
+            # A loop that has ended meanwhile needs no telling.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._leave.set)
+
+
 class ControlServer:
     """Runs the API in a thread of its own until `close`."""
 
@@ -177,11 +203,12 @@ class ControlServer:
             lifespan="off",
             log_config=None,
             access_log=False,
+            date_header=False,  # uvicorn makes the date on its ticks, of which there are none
             timeout_keep_alive=1,
             timeout_graceful_shutdown=5,
         )
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-        self._server = uvicorn.Server(configuration)
+        self._server = _QuietServer(configuration)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
     def _run(self) -> None:
@@ -202,7 +229,7 @@ class ControlServer:
 
     def close(self) -> None:
         """Finish the requests that are being answered, then remove the socket. Idempotent."""
-        self._server.should_exit = True
+        self._server.leave()
         if self._thread.is_alive():
             self._thread.join()
         self._listener.close()
