@@ -91,7 +91,10 @@ def test_tcp_serves_ipv4_and_says_its_port(disk: MemoryDevice) -> None:
         port = served.server.listen_tcp("127.0.0.1", 0)
         with Client.connect(f"nbd://127.0.0.1:{port}/disk") as client:
             client.write(0, b"over tcp")
-            assert client.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) in (0, 1)
+            (connection,) = served.server._table.all()
+            sock = connection._socket
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert client.read(0, 8) == b"over tcp"
         assert ("127.0.0.1", port) in served.server.addresses()
 
@@ -265,6 +268,18 @@ def test_requests_during_shutdown_are_told_so(disk: MemoryDevice) -> None:
         assert [reply.error for reply in replies] == [Errno.ESHUTDOWN] * 4
         stopper.join(10)
         assert "write" not in {entry[0] for entry in disk.log or []}
+
+
+def test_shutdown_drops_unfinished_handshakes(disk: MemoryDevice) -> None:
+    with serving([disk]) as served:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(served.socket_path))
+        eventually(lambda: len(served.server.connections()) == 1)
+        started = monotonic()
+        served.server.shutdown(30.0)
+        assert monotonic() - started < 5.0
+        assert len(receive(sock, 100)) == 18
+        sock.close()
 
 
 def test_shutdown_with_idle_clients_is_quick(disk: MemoryDevice) -> None:
