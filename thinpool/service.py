@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from nbd import CertificateTls, NbdError, Server, ServerTls
+from nbd import (
+    AllowList,
+    CertificateTls,
+    Limits,
+    NbdError,
+    PskTls,
+    Server,
+    ServerTls,
+    activated_descriptors,
+)
 
 from . import __version__
 from .control import ControlServer
@@ -34,6 +43,7 @@ from .pool import Pool
 from .pool_access import BUSY_SECONDS, RETRY_SECONDS, PoolAccess, open_here
 from .pool_location import PoolLocation
 from .serve_settings import ServeSettings
+from .supervision import pid_file, tell_supervisor, when_parent_ends
 from .unix_sockets import ADDRESS_BYTES_MAX, listen
 
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 -- recognised, not bound to
@@ -78,6 +88,7 @@ class Service:
         self._stop = threading.Event()
         self._started = datetime.datetime.now(datetime.UTC)
         self._server: Server
+        self._tls: ServerTls | None = None
         self._addresses = Addresses()
         self._closing = contextlib.ExitStack()
 
@@ -91,7 +102,9 @@ class Service:
         with self._closing, _signals(self._on_signal):
             self._start()
             announce(self.describe())
+            tell_supervisor(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {self.pool_path}")
             self._stop.wait()
+            tell_supervisor("STOPPING=1")
             log.info("stopping")
 
     def _start(self) -> None:
@@ -105,8 +118,14 @@ class Service:
             self._control = ControlServer(self, control)
             self._closing.callback(self._control.close)
         try:
+            self._tls = _tls(settings)
             self._server = Server(
-                PoolExports(self.pool, settings.default_export), tls=_tls(settings), log=log.warning
+                PoolExports(self.pool, settings.default_export),
+                tls=self._tls,
+                access=AllowList(settings.allowed) if settings.allowed else None,
+                limits=_limits(settings),
+                listing=settings.listing,
+                log=log.warning,
             )
             self._closing.callback(self._end_server)
             self._listen()
@@ -116,42 +135,63 @@ class Service:
         if control is not None:
             self._control.start()
         if settings.pid_file is not None:
-            self._write_pid_file(settings.pid_file)
+            self._closing.enter_context(pid_file(settings.pid_file))
+        if settings.exit_with_parent:
+            when_parent_ends(lambda: self.request_stop(None))
 
     def _listen(self) -> None:
+        """Listen where systemd says (then nowhere else unless asked to), otherwise on the sockets of the settings."""
         settings = self._settings
-        path = settings.socket_path or settings.location.nbd_socket_path
-        sockets = []
+        activated = activated_descriptors(os.environ, os.getpid())
+        for descriptor in activated:
+            self._server.adopt(descriptor)
+        addresses = self._server.addresses()
+        sockets = [address for address in addresses if isinstance(address, Path)]
+        tcp = [address for address in addresses if not isinstance(address, Path)]
+        path = settings.socket_path
+        if path is None and not activated:
+            path = settings.location.nbd_socket_path
         if path is not None:
-            if len(os.fsencode(path)) <= ADDRESS_BYTES_MAX:
-                self._server.listen_unix(path, 0o600)
-            else:
-                self._server.adopt(listen(path, 0o600).detach())
-                self._closing.callback(path.unlink, missing_ok=True)
+            self._listen_unix(path)
             sockets.append(path)
-        tcp = [(host, self._server.listen_tcp(host, port)) for host, port in settings.listen]
+        tcp += [(host, self._server.listen_tcp(host, port)) for host, port in settings.listen]
         if not sockets and not tcp:
             raise ServerStartFailed(reason="a bare pool needs --socket or --listen")
-        self._addresses = Addresses(sockets, tcp, tls=settings.tls_certificates is not None)
+        self._addresses = Addresses(sockets, tcp, tls=self._tls is not None)
+
+    def _listen_unix(self, path: Path) -> None:
+        mode, (user, group) = self._settings.socket_mode, self._settings.socket_owner
+        if len(os.fsencode(path)) <= ADDRESS_BYTES_MAX:
+            self._server.listen_unix(path, mode, uid=user, gid=group)
+            return
+        descriptor = listen(path, mode).detach()
+        self._closing.callback(path.unlink, missing_ok=True)
+        os.chown(path, user, group)
+        self._server.adopt(descriptor)
 
     def _end_server(self) -> None:
         self.stopping = True
         self._server.shutdown(self._grace_seconds)
 
-    def _write_pid_file(self, path: Path) -> None:
-        try:
-            path.write_text(f"{os.getpid()}\n", encoding="ascii")
-        except OSError as error:
-            raise ServerStartFailed(reason=f"cannot write {path}: {error.strerror}") from error
-        self._closing.callback(_remove_pid_file, path)
-
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
-            log.info("SIGHUP: there is nothing to reload")
+            self._reload()
             return
         if self._stop.is_set():
             self._grace_seconds = 0.0
         self.request_stop(None)
+
+    def _reload(self) -> None:
+        """Read the certificates again; connections that are open keep theirs."""
+        if not isinstance(self._tls, CertificateTls):
+            log.info("SIGHUP: there is nothing to reload")
+            return
+        try:
+            self._tls.reload()
+        except (NbdError, OSError) as error:
+            log.warning("SIGHUP: the certificates stay as they were: %s", error)
+        else:
+            log.info("SIGHUP: certificates read again")
 
     # --- what the control API needs ---
 
@@ -210,7 +250,13 @@ def open_for_service(location: PoolLocation, *, read_only: bool) -> Pool:
         time.sleep(RETRY_SECONDS)
 
 
+def _limits(settings: ServeSettings) -> Limits:
+    return Limits() if settings.connections_max is None else Limits(connections_max=settings.connections_max)
+
+
 def _tls(settings: ServeSettings) -> ServerTls | None:
+    if settings.tls_psk is not None:
+        return PskTls(settings.tls_psk, required=settings.tls_required)
     if settings.tls_certificates is None:
         return None
     return CertificateTls(
@@ -231,9 +277,3 @@ def _signals(handle: Callable[[int], None]) -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _remove_pid_file(path: Path) -> None:
-    with contextlib.suppress(OSError):  # gone, or on a file system that is
-        if path.read_text(encoding="ascii").strip() == str(os.getpid()):
-            path.unlink()

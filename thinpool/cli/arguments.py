@@ -74,6 +74,27 @@ class EndpointType(click.ParamType[tuple[str, int]]):
 ENDPOINT = EndpointType()
 
 
+class OctalType(click.ParamType[int]):
+    """File permissions such as 0660."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse octal digits."""
+        if isinstance(value, int):
+            return value
+        try:
+            mode = int(str(value), 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o777:
+            self.fail(f"{value!r} is not a mode from 0000 to 0777", param, ctx)
+        return mode
+
+
+OCTAL = OctalType()
+
+
 def json_option(function: Function) -> Function:
     """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(function)

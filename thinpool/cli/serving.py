@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from thinpool.pool_location import PoolLocation
 from thinpool.serve_settings import GRACE_SECONDS, ServeSettings
 from thinpool.wording import shown_path
 
-from .arguments import ENDPOINT, json_option, pool_command
+from .arguments import ENDPOINT, OCTAL, json_option, pool_command
 from .report import emit_json, warn
 
 if TYPE_CHECKING:
@@ -29,6 +30,15 @@ LOG_NAME = "serve.log"
 @click.option(
     "--socket", "socket_path", type=click.Path(path_type=Path), help="Unix socket [default: POOL/nbd.sock]."
 )
+@click.option(
+    "--socket-mode",
+    type=OCTAL,
+    default="0600",
+    show_default=True,
+    metavar="MODE",
+    help="Permissions of that socket.",
+)
+@click.option("--socket-owner", metavar="USER[:GROUP]", help="Owner of that socket.")
 @click.option(
     "--listen", type=ENDPOINT, multiple=True, help="Also listen on TCP. May be given several times."
 )
@@ -53,6 +63,26 @@ LOG_NAME = "serve.log"
     metavar="DIR",
     help="Do TLS: DIR holds server-cert.pem, server-key.pem, ca-cert.pem.",
 )
+@click.option(
+    "--tls-psk",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Do TLS with the keys of a psktool file.",
+)
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="EXPORT=CLIENT[,CLIENT]",
+    help="Only these TLS clients (certificate or key names) may use the export. May be given several times.",
+)
+@click.option("--no-list", is_flag=True, help="Do not tell clients which exports there are.")
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Refuse more connections [default: 1024].",
+)
+@click.option("--exit-with-parent", is_flag=True, help="Stop when the process that started the server ends.")
 @click.option("--tls-optional", is_flag=True, help="Let clients do without TLS.")
 @click.option("--tls-verify-peer", is_flag=True, help="Demand a certificate of that authority from clients.")
 @json_option
@@ -67,6 +97,8 @@ def serve_command(
     """
     location.require()
     settings = _settings(location.absolute(), options)
+    if detach and settings.exit_with_parent:
+        raise click.UsageError(message="--exit-with-parent and --detach exclude each other")
 
     def serve(announce: Announce) -> None:
         from thinpool.service import Service
@@ -89,8 +121,13 @@ def _settings(location: PoolLocation, options: dict[str, Any]) -> ServeSettings:
         return None if path is None else path.absolute()
 
     certificates = options["tls_certificates"]
-    if certificates is None and (options["tls_optional"] or options["tls_verify_peer"]):
-        raise click.UsageError(message="--tls-optional and --tls-verify-peer need --tls-certificates")
+    keys = options["tls_psk"]
+    if certificates is not None and keys is not None:
+        raise click.UsageError(message="--tls-certificates and --tls-psk exclude each other")
+    if certificates is None and keys is None and (options["tls_optional"] or options["allow"]):
+        raise click.UsageError(message="--tls-optional and --allow need --tls-certificates or --tls-psk")
+    if certificates is None and options["tls_verify_peer"]:
+        raise click.UsageError(message="--tls-verify-peer needs --tls-certificates")
     return ServeSettings(
         location=location,
         socket_path=absolute(options["socket_path"]),
@@ -101,8 +138,42 @@ def _settings(location: PoolLocation, options: dict[str, Any]) -> ServeSettings:
         tls_certificates=absolute(certificates),
         tls_required=not options["tls_optional"],
         tls_verify_peer=options["tls_verify_peer"],
+        tls_psk=absolute(keys),
+        allowed=_allowed(options["allow"]),
+        exit_with_parent=options["exit_with_parent"],
+        connections_max=options["max_connections"],
+        listing=not options["no_list"],
+        socket_mode=options["socket_mode"],
+        socket_owner=_owner(options["socket_owner"]),
         read_only=options["read_only"],
     )
+
+
+def _allowed(rules: Sequence[str]) -> dict[str, list[str]]:
+    """Rules EXPORT=CLIENT,CLIENT as a table; the last equals sign counts, names may hold others."""
+    table: dict[str, list[str]] = {}
+    for rule in rules:
+        export, equals, clients = rule.rpartition("=")
+        if not equals or not export or not clients:
+            raise click.UsageError(message=f"--allow {rule!r} is not EXPORT=CLIENT[,CLIENT]")
+        table.setdefault(export, []).extend(clients.split(","))
+    return table
+
+
+def _owner(text: str | None) -> tuple[int, int]:
+    """User and group ids of USER[:GROUP], by name or number."""
+    import grp
+    import pwd
+
+    if not text:
+        return -1, -1
+    user, _, group = text.partition(":")
+    try:
+        user_id = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
+        group_id = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
+    except KeyError as error:
+        raise click.UsageError(message=f"--socket-owner {text!r}: {error.args[0]}") from None
+    return user_id, group_id
 
 
 def _log_to_stderr() -> None:
