@@ -1,6 +1,7 @@
 """The running server: connections, disconnecting, shutdown, clients that vanish. Rows of section 3.4 of docs/nbd.md."""
 
 import errno
+import mmap
 import os
 import random
 import socket
@@ -17,7 +18,7 @@ from nbd import CannotListen, Limits, Server, activated_descriptors
 from nbd.client import Client
 from nbd.constants import Command, Errno
 from nbd.errors import ConnectionEnded, RemoteError
-from tests.fakes.memory_device import MemoryDevice, MemoryDirectory
+from tests.fakes.memory_device import MemoryDevice, MemoryDirectory, MemorySession
 from tests.fakes.nbd_server import Served, descriptors, eventually, serving
 from tests.fakes.nbd_streams import Request, write
 
@@ -224,6 +225,50 @@ def test_an_internal_error_ends_one_connection_only(
         assert "internal error" in served.log[0]
 
 
+class TruncatedDevice(MemoryDevice):
+    """A mapped data file that lost its tail: touching it from Python is SIGBUS, the kernel says EFAULT."""
+
+    def __init__(self, path: Path, kept_bytes: int) -> None:
+        super().__init__("disk", 4 * MIB)
+        path.write_bytes(b"d" * (4 * MIB))
+        with path.open("r+b") as file:
+            self.data = memoryview(mmap.mmap(file.fileno(), 4 * MIB))
+            file.truncate(kept_bytes)
+        self.kinds[:] = b"\1" * len(self.kinds)
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+@pytest.mark.parametrize("style", [{"structured": False}, {"structured": True}, {"extended": True}])
+@pytest.mark.parametrize("length", [512, 4096, 65536, 300_000])
+def test_a_truncated_data_file_is_an_error_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, style: dict[str, bool], length: int
+) -> None:
+    kept = 2 * MIB
+    disk = TruncatedDevice(tmp_path / "data", kept)
+    original = MemorySession.read_copy
+
+    def careful(self: MemorySession, offset: int, size: int) -> bytearray:
+        if offset + size > kept:
+            raise OSError(errno.EIO, "short read")
+        return original(self, offset, size)
+
+    monkeypatch.setattr(MemorySession, "read_copy", careful)
+    with serving([disk]) as served:
+        port = served.server.listen_tcp("127.0.0.1", 0)
+        uri = served.uri("disk") if family == "unix" else f"nbd://127.0.0.1:{port}/disk"
+        for offset in (3 * MIB, kept - length // 2):
+            with Client.connect(uri, **style) as client:
+                assert client.read(0, length) == b"d" * length
+                try:
+                    assert client.request(Command.READ, offset, length).error == Errno.EIO
+                    assert client.read(0, length) == b"d" * length
+                except (ConnectionEnded, ConnectionError):
+                    # a reply had been begun without a way back
+                    assert not style.get("extended") or length <= 65536
+        with Client.connect(uri, **style) as client:
+            assert client.read(0, 4096) == b"d" * 4096
+
+
 # --- shutdown ----------------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +452,7 @@ def test_an_idle_server_uses_no_cpu(disk: MemoryDevice) -> None:
 import sys, time
 from nbd import Server
 from nbd.client import Client
-from tests.fakes.memory_device import MemoryDevice, MemoryDirectory
+from tests.fakes.memory_device import MemoryDevice, MemoryDirectory, MemorySession
 server = Server(MemoryDirectory([MemoryDevice("disk", 1 << 20)]))
 server.listen_unix(sys.argv[1]); server.start()
 clients = [Client.connect(f"nbd+unix:///disk?socket={sys.argv[1]}") for _ in range(20)]
