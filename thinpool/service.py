@@ -109,6 +109,9 @@ class Service:
 
     def _start(self) -> None:
         settings = self._settings
+        if settings.exit_with_parent:
+            # First of all: a parent that ends while we start must not go unnoticed.
+            when_parent_ends(lambda: self.request_stop(None))
         self.pool = open_for_service(settings.location, read_only=settings.read_only)
         self._closing.callback(self.pool.close)
         if settings.default_export is not None and self.pool.catalog.by_name(settings.default_export) is None:
@@ -136,8 +139,6 @@ class Service:
             self._control.start()
         if settings.pid_file is not None:
             self._closing.enter_context(pid_file(settings.pid_file))
-        if settings.exit_with_parent:
-            when_parent_ends(lambda: self.request_stop(None))
 
     def _listen(self) -> None:
         """Listen where systemd says (then nowhere else unless asked to), otherwise on the sockets of the settings."""
