@@ -1,6 +1,7 @@
 """The table in docs/nbd.md: every row names tests, every test exists and is not switched off."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def rows() -> dict[str, list[str]]:
     return found
 
 
+@functools.cache
 def existing() -> dict[str, ast.FunctionDef]:
     tests: dict[str, ast.FunctionDef] = {}
     for path in (ROOT / "tests").rglob("test_*.py"):
