@@ -83,8 +83,9 @@ class ImageStore:
 class Checker:
     """Checks images over one table of contents."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: Contents, catalogs: type[SimulatedCatalog] = SimulatedCatalog) -> None:
         self._contents = contents
+        self._catalogs = catalogs
         self._remembered: list[_Remembered] = []
         self._names: dict[tuple[object, int], list[CatalogEntry]] = {}
         self.metadata_opened = 0
@@ -126,7 +127,7 @@ class Checker:
         key = (image.catalog, transaction_id)
         found = self._names.get(key)
         if found is None:
-            catalog = SimulatedCatalog.restore(SimulatedDisk.nowhere(), image.catalog)
+            catalog = self._catalogs.restore(SimulatedDisk.nowhere(), image.catalog)
             catalog.recover(transaction_id)
             found = catalog.entries()
             catalog.close()
@@ -167,7 +168,7 @@ class Checker:
         """
         problems = []
         for world in worlds:
-            disk = SimulatedDisk(self._contents, image)
+            disk = SimulatedDisk(self._contents, image, catalogs=self._catalogs)
             observed = self._observe(disk, world)
             if isinstance(observed, str):
                 problems.append(observed)
@@ -208,7 +209,7 @@ class Checker:
             pool.engine.data.close()
 
     def _work_on(self, image: Image, world: World, random: Random, steps: int) -> Scenario:
-        disk = SimulatedDisk(self._contents, image)
+        disk = SimulatedDisk(self._contents, image, catalogs=self._catalogs)
         run = Scenario(disk, random, nbd=False, world=world, first_number=random.randrange(1 << 40, 1 << 50))
         run.run(steps)
         run.text.append("reopen at the end")

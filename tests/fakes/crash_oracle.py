@@ -214,12 +214,18 @@ class Seen:
 
 
 class Step:
-    """One change of names and sizes; `apply` gives the world after it."""
+    """One change of names and sizes; `apply` gives the world after it.
+
+    `source` names the device whose content it takes, if any; `taken` is that content: what was acknowledged when
+    the step began must be in it, what came later may.
+    """
+
+    source: str | None = None
 
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def apply(self, world: World) -> World:
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
         raise NotImplementedError
 
 
@@ -231,12 +237,26 @@ class Oracle:
         self._flushes: dict[int, set[int]] = {}
         self._acknowledged: set[int] = set()
         self._step: Step | None = None
+        self._taken: DeviceModel | None = None
+        self._watched: list[tuple[int, DeviceModel]] = []
+
+    def watch(self, model: DeviceModel) -> DeviceModel:
+        """A copy as of now that also gets every change which begins from now on: what a reader may see."""
+        copy = model.snapshot(model.number, read_only=True, origin=None)
+        self._watched.append((model.number, copy))
+        return copy
+
+    def unwatch(self, copy: DeviceModel) -> None:
+        self._watched = [watched for watched in self._watched if watched[1] is not copy]
 
     def hear(self, mark: object) -> bool:
         """Go on by one mark; whether more is promised now, so that the same image may be wrong from here on."""
         match mark:
             case Begin(change):
                 self._device(change.device).begin(change)
+                for number, copy in self._watched:
+                    if number == change.device:
+                        copy.begin(change)
             case End(change, stage, durable):
                 self._end(change, stage, durable=durable)
             case FlushBegin(number):
@@ -248,11 +268,14 @@ class Oracle:
                 self._acknowledged -= covered
             case StepBegin(step):
                 self._step = step
+                self._taken = None if step.source is None else self.watch(self.world[step.source])
             case StepEnd(step, done):
                 if done:
-                    self.world = step.apply(self.world)
+                    self.world = step.apply(self.world, self._taken)
                 if done is not None:
-                    self._step = None
+                    if self._taken is not None:
+                        self.unwatch(self._taken)
+                    self._step = self._taken = None
             case Seen(number, contents):
                 device = self._device(number)
                 device.base, device.layers = contents.copy(), []
@@ -278,4 +301,4 @@ class Oracle:
         """What the pool may be now: the world as it was promised, and with the step in flight done."""
         yield self.world
         if self._step is not None:
-            yield self._step.apply(self.world)
+            yield self._step.apply(self.world, self._taken)

@@ -37,7 +37,8 @@ from tests.fakes.crash_oracle import (
     Violation,
     World,
 )
-from tests.fakes.simulated_disk import SimulatedDisk
+from tests.fakes.disk_history import Contents
+from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedDisk
 from thinpool import pool as pool_module
 from thinpool.session import Session
 
@@ -108,6 +109,7 @@ class Scenario:
         self._clients: dict[str, list[Client]] = {}
         self._counter = first_number
         self._clock = Ticking()
+        self._low_blocks = random.random() < 0.5
         self.pool = self._open()
 
     # --- running ---
@@ -123,8 +125,20 @@ class Scenario:
         names = list(CHOICES)
         choice = self.random.choices(names, [weight for weight, _ in CHOICES.values()])[0]
         self.text.append(choice)
-        with mock.patch.object(pool_module, "time", self._clock):
+        self.prefer_low_blocks()
+        with self.timed():
             CHOICES[choice][1](self)
+
+    def prefer_low_blocks(self) -> None:
+        """In half of the scenarios the block freed last is the one handed out next, as in a pool nearly full."""
+        if self._low_blocks:
+            self.pool.engine.free._cursor = 0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The pool sees the scenario's own clock."""
+        with mock.patch.object(pool_module, "time", self._clock):
+            yield
 
     def close(self) -> None:
         """Let go of the pool without committing anything."""
@@ -292,8 +306,8 @@ class Scenario:
         odd = self.random.choice((0, 0, 0, 1, 9, 127))
         return self.random.randrange(1, DEVICE_BLOCKS_MAX) * BLOCK_SECTORS + odd
 
-    def _snapshot(self) -> None:
-        origin = self._some_device()
+    def _snapshot(self, origin: str | None = None) -> None:
+        origin = origin or self._some_device()
         if origin is None or len(self.oracle.world) >= DEVICES_MAX:
             return
         step = steps.TakeSnapshot(origin, f"s{self.number()}", self._counter, self.random.random() < 0.4)
@@ -434,13 +448,17 @@ CHOICES: dict[str, tuple[int, Callable[[Scenario], None]]] = {
 }
 
 
-def scenario_of(seed: int, *, steps_max: int = 60, contents=None) -> Scenario:
+def scenario_of(
+    seed: int,
+    *,
+    steps_max: int = 60,
+    contents: Contents | None = None,
+    catalogs: type[SimulatedCatalog] = SimulatedCatalog,
+) -> Scenario:
     """The scenario of a seed, formatted and prepared, ready to `run`."""
-    from tests.fakes.disk_history import Contents
-
     random = Random(seed)
     shape = Shape.of(random, steps_max)
-    disk = SimulatedDisk(contents or Contents(), metadata_blocks=shape.metadata_blocks)
+    disk = SimulatedDisk(contents or Contents(), metadata_blocks=shape.metadata_blocks, catalogs=catalogs)
     disk.format(data_blocks=shape.data_blocks)
     scenario = Scenario(disk, random, nbd=shape.nbd)
     if shape.many_mappings:
@@ -452,7 +470,7 @@ def prepare_wide(scenario: Scenario, mappings: int) -> None:
     """A device with so many mappings that its tree has several leaves, and a snapshot of it."""
     scenario.text.append("prepare")
     step = steps.Create("wide", scenario.number(), mappings * BLOCK_SECTORS)
-    with mock.patch.object(pool_module, "time", scenario._clock), scenario._structural(step):
+    with scenario.timed(), scenario._structural(step):
         scenario.pool.create_device("wide", step.sectors * SECTOR_BYTES)
     model, client = scenario.oracle.world["wide"], scenario.client("wide")
     for block in range(mappings):

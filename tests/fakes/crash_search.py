@@ -11,7 +11,7 @@ with the real engine, which works on, and what it writes while doing so is cut a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 
@@ -20,7 +20,9 @@ import numpy as np
 from tests.fakes.crash_check import Checker
 from tests.fakes.crash_oracle import Oracle, Violation, World
 from tests.fakes.crash_scenario import Scenario, scenario_of
+from tests.fakes.crash_threads import threaded_scenario_of
 from tests.fakes.disk_history import Contents, Event, Image, Kind, Replay
+from tests.fakes.turns import Turns
 
 SHARES = (0.5, 0.5, 0.9, 0.1, 0.98, 0.02)
 
@@ -72,32 +74,46 @@ class Search:
         self.budget = budget or Budget()
         self.tally = Tally()
 
-    def seed(self, seed: int, *, steps: int = 60) -> None:
-        """Run and cut the scenario of one seed. Raises Found."""
+    def seed(self, seed: int, *, steps: int = 60, threads: bool = False) -> None:
+        """Run and cut the scenario of one seed, with several clients at once if `threads`. Raises Found."""
         contents = Contents()
-        try:
-            scenario = scenario_of(seed, steps_max=steps, contents=contents)
-        except Violation as error:
-            raise Found(seed, 0, 0, str(error), []) from error
-        try:
-            scenario.run(steps)
-        except Exception as error:  # the run itself failed, without any cut
-            taken = len(scenario.text)
-            raise Found(
-                seed, taken, len(scenario.disk.events), f"{type(error).__name__}: {error}", scenario.text
-            ) from error
-        finally:
-            scenario.close()
-            scenario.disk.close()
-        self.tally.scenarios += 1
+        if threads:
+            turns = Turns(Random(seed))
+            with turns.installed():
+                scenario = self._run(seed, steps, lambda: threaded_scenario_of(turns, steps, contents))
+        else:
+            scenario = self._run(seed, steps, lambda: scenario_of(seed, steps_max=steps, contents=contents))
         try:
             self.explore(scenario, np.random.Generator(np.random.PCG64(seed)))
         except _Wrong as wrong:
             raise Found(seed, steps, wrong.cut, wrong.what, scenario.text) from wrong
 
+    def uncut(self, seed: int, *, steps: int = 60) -> None:
+        """Run the scenario of one seed with several clients at once, and do not cut it. Raises Found."""
+        turns = Turns(Random(seed))
+        with turns.installed():
+            self._run(seed, steps, lambda: threaded_scenario_of(turns, steps, Contents()))
+
+    def _run(self, seed: int, steps: int, make: Callable[[], Scenario]) -> Scenario:
+        """The scenario after its last step. Raises Found where it fails without any cut."""
+        scenario = None
+        try:
+            scenario = make()
+            scenario.run(steps)
+        except Exception as error:
+            text = [] if scenario is None else scenario.text
+            events = 0 if scenario is None else len(scenario.disk.events)
+            raise Found(seed, len(text), events, f"{type(error).__name__}: {error}", text) from error
+        finally:
+            if scenario is not None:
+                scenario.close()
+                scenario.disk.close()
+        self.tally.scenarios += 1
+        return scenario
+
     def explore(self, run: Scenario, random: np.random.Generator) -> None:
         """Cut a finished run everywhere. Raises _Wrong."""
-        checker = Checker(run.disk.contents)
+        checker = Checker(run.disk.contents, run.disk.catalogs)
         picker = Random(int(random.integers(1 << 62)))
         for cut, image, oracle in self._images(run, random, self.budget.images_per_cut):
             tally = self.tally
@@ -180,14 +196,14 @@ def subsets(replay: Replay, random: np.random.Generator, count: int) -> Iterator
             yield replay.cut(random, share, torn=kind != 2)
 
 
-def shrink(found: Found, budget: Budget, *, attempts: int = 40) -> Found:
+def shrink(found: Found, budget: Budget, *, threads: bool = False, attempts: int = 12) -> Found:
     """A shorter prefix of the scenario that still fails, by halving and then step by step."""
     low, best = 1, found
     while low < best.steps and attempts:
         attempts -= 1
         middle = (low + best.steps) // 2
         try:
-            Search(budget).seed(best.seed, steps=middle)
+            Search(budget).seed(best.seed, steps=middle, threads=threads)
         except Found as shorter:
             best = shorter
             best.steps = min(best.steps, middle)

@@ -17,13 +17,20 @@ def reparented(world: World, old: str, new: str | None) -> World:
     }
 
 
+def made_of(taken: DeviceModel | None, number: int, *, read_only: bool, origin: str) -> DeviceModel:
+    """A new device with the content that a step has taken."""
+    assert taken is not None
+    model = taken.copy()
+    return replace(model, number=number, read_only=read_only, origin=origin)
+
+
 @dataclass(slots=True, eq=False)
 class Create(Step):
     name: str
     number: int
     sectors: int
 
-    def apply(self, world: World) -> World:
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
         return {**world, self.name: DeviceModel(self.number, np.zeros(self.sectors, np.int32))}
 
 
@@ -34,16 +41,19 @@ class TakeSnapshot(Step):
     number: int
     read_only: bool
 
-    def apply(self, world: World) -> World:
-        made = world[self.origin].snapshot(self.number, read_only=self.read_only, origin=self.origin)
-        return {**world, self.name: made}
+    @property
+    def source(self) -> str:
+        return self.origin
+
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
+        return {**world, self.name: made_of(taken, self.number, read_only=self.read_only, origin=self.origin)}
 
 
 @dataclass(slots=True, eq=False)
 class Delete(Step):
     name: str
 
-    def apply(self, world: World) -> World:
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
         return reparented(
             {name: model for name, model in world.items() if name != self.name}, self.name, None
         )
@@ -54,7 +64,7 @@ class Rename(Step):
     old: str
     new: str
 
-    def apply(self, world: World) -> World:
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
         moved = {self.new if name == self.old else name: model for name, model in world.items()}
         return reparented(moved, self.old, self.new)
 
@@ -64,7 +74,7 @@ class Resize(Step):
     name: str
     sectors: int
 
-    def apply(self, world: World) -> World:
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
         return {**world, self.name: world[self.name].resized(self.sectors)}
 
 
@@ -75,9 +85,13 @@ class Rollback(Step):
     number: int
     kept: str | None
 
-    def apply(self, world: World) -> World:
-        before, source = world[self.name], world[self.snapshot]
-        made = source.snapshot(self.number, read_only=before.read_only, origin=self.snapshot)
+    @property
+    def source(self) -> str:
+        return self.snapshot
+
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
+        before = world[self.name]
+        made = made_of(taken, self.number, read_only=before.read_only, origin=self.snapshot)
         if self.kept is None:
             world = {name: model for name, model in world.items() if name != self.name}
         else:
@@ -90,5 +104,5 @@ class Rollback(Step):
 class PoolOnly(Step):
     """Something that no device shows: growing, metadata snapshots, reopening."""
 
-    def apply(self, world: World) -> World:
+    def apply(self, world: World, taken: DeviceModel | None) -> World:
         return world

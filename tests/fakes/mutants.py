@@ -21,6 +21,7 @@ from nbd.constants import CommandFlag
 from nbd.execution import Executor
 from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedData, SimulatedDisk
 from thinpool.catalog import Catalog, Put
+from thinpool.committer import Committer
 from thinpool.device import ThinDevice
 from thinpool.engine import Engine
 from thinpool.free_map import FreeMap
@@ -318,13 +319,90 @@ def catalogue_written_in_two_steps() -> AbstractContextManager[object]:
     return _instead(SimulatedCatalog, "_apply", apply)
 
 
+def mapped_before_filled() -> AbstractContextManager[object]:
+    def provision(self, index: int, inside: int, data) -> int:  # noqa: ANN001
+        engine = self.engine
+        # Without the lock while the block is filled, or nobody could see that it is mapped too early.
+        with self.lock:
+            entry = self._own(index)
+            if entry:
+                engine.data.write(((entry >> 24) - 1) * self.block_bytes + inside, data)
+                return entry
+            block, old = engine.take_block(), self.block_map.entries[index]
+            entry = self._map(index, block)
+        self._fill(block, old, inside, data)
+        return entry
+
+    return _instead(ThinDevice, "provision", provision)
+
+
+@contextmanager
+def data_flushed_before_the_lists_are_taken() -> Iterator[None]:
+    original = Engine.collect
+
+    def commit(self):  # noqa: ANN001, ANN202
+        self.data.flush()
+        with mock.patch.object(SimulatedData, "flush", lambda self: None):
+            return original_commit(self)
+
+    original_commit = Engine._commit
+    with _instead(Engine, "_commit", commit), _instead(Engine, "collect", original):
+        yield
+
+
+@contextmanager
+def write_under_way_not_waited_for() -> Iterator[None]:
+    original = ThinDevice.apply_pending
+
+    def apply(self) -> None:  # noqa: ANN001
+        if self.pending:
+            original(self)
+
+    with _instead(ThinDevice, "apply_pending", apply):
+        yield
+
+
+def readers_not_waited_for() -> AbstractContextManager[object]:
+    from thinpool.reclaim import UNPINNED
+
+    return _instead(Engine, "oldest_pin", lambda self: UNPINNED)
+
+
+def snapshot_waits_for_nobody() -> AbstractContextManager[object]:
+    @contextmanager
+    def quiet(self) -> Iterator[None]:  # noqa: ANN001
+        yield
+
+    return _instead(ThinDevice, "quiet", quiet)
+
+
+def flush_joins_the_running_commit() -> AbstractContextManager[object]:
+    def flush(self) -> None:  # noqa: ANN001
+        with self._turn:
+            if self._running:
+                number = self._started
+                while self._done < number:
+                    self._turn.wait()
+                return
+        original(self)
+
+    original = Committer.flush
+    return _instead(Committer, "flush", flush)
+
+
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """`states`: images within which the search, from the first seed on, must have found it."""
+    """`states`: images within which the search, from the first seed on, must have found it.
+
+    `threads`: only several at work can show it. `uncut`: it shows without any power cut, to a rare order of events
+    only; scenarios are run and not cut then, and `states` is their number.
+    """
 
     switch: Callable[[], AbstractContextManager[object]]
     breaks: str
     states: int
+    threads: bool = False
+    uncut: bool = False
 
     @property
     def name(self) -> str:
@@ -361,4 +439,26 @@ MUTANTS = [
     Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 50_000),
     Mutant(shrink_zeroes_first, "shrinking destroys what it has not cut off yet", 50_000),
     Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 50_000),
+    Mutant(mapped_before_filled, "maps a block before its first content is written", 50_000, threads=True),
+    Mutant(
+        data_flushed_before_the_lists_are_taken,
+        "flushes the data before taking the lists",
+        50_000,
+        threads=True,
+    ),
+    Mutant(
+        write_under_way_not_waited_for, "commits past a write that has its block only", 50_000, threads=True
+    ),
+    Mutant(
+        readers_not_waited_for, "hands out blocks that are still being sent", 200, threads=True, uncut=True
+    ),
+    Mutant(
+        snapshot_waits_for_nobody, "takes a snapshot in the middle of a write", 200, threads=True, uncut=True
+    ),
+    Mutant(
+        flush_joins_the_running_commit,
+        "a flush counts on a commit that began before it",
+        50_000,
+        threads=True,
+    ),
 ]

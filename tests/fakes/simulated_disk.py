@@ -61,8 +61,16 @@ class SimulatedDisk:
     `image` is where history begins; None makes an empty disk of the given sizes, all zeros.
     """
 
-    def __init__(self, contents: Contents, image: Image | None = None, *, metadata_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        contents: Contents,
+        image: Image | None = None,
+        *,
+        metadata_blocks: int = 0,
+        catalogs: type[SimulatedCatalog] | None = None,
+    ) -> None:
         self.contents = contents
+        self.catalogs = catalogs or SimulatedCatalog
         self.events: list[Event] = []
         self.before: Before | None = None
         if image is None:
@@ -141,7 +149,7 @@ class SimulatedDisk:
         self.flushed(File.DATA)
         store = SimulatedStore(self)
         format_pool(store, data_block_sectors=block_bytes // SECTOR_BYTES, data_blocks=data_blocks)
-        SimulatedCatalog.begin(self).close()
+        self.catalogs.begin(self).close()
 
     def open(self, *, read_only: bool = False) -> Pool:
         """Open the pool with the real opening code; the periodic commit never starts."""
@@ -285,7 +293,7 @@ class SimulatedCatalog(Catalog):
         catalog._load()
         return catalog
 
-    def _state(self) -> tuple[tuple[tuple[object, ...], ...], ...]:
+    def _state(self) -> object:
         return tuple(
             tuple(self._connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall())
             for table in ("device", "staged", "setting")
@@ -312,7 +320,7 @@ class SimulatedCatalogs:
         self._disk = disk
 
     def open(self, _path: Path, *, writable: bool = True) -> Catalog:
-        catalog = SimulatedCatalog.restore(self._disk, self._disk.catalog_state)
+        catalog = self._disk.catalogs.restore(self._disk, self._disk.catalog_state)
         if not writable:
             catalog.disk = SimulatedDisk.nowhere()
         return catalog

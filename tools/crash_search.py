@@ -1,0 +1,184 @@
+"""Search for crash states that break the promise, on several processes, for as long as asked.
+
+In: handing out seeds, counting distinct states over all workers, the replay command, shrinking. Out: the search itself
+(tests/fakes/crash_search.py), which the default tests run a fixed slice of.
+
+Every worker takes every n-th seed from the first one on, so the same arguments cover the same seeds in the same way
+however fast the machine is; only how far they get depends on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
+from typing import Any
+
+import numpy as np
+
+from tests.fakes.crash_search import Budget, Found, Search, shrink
+from tests.fakes.mutants import MUTANTS
+
+
+@dataclass(slots=True)
+class Total:
+    """What all workers did."""
+
+    scenarios: int = 0
+    images: int = 0
+    recoveries: int = 0
+    thin_checks: int = 0
+    next_seed: int = 0
+    digests: list[np.ndarray[Any, np.dtype[np.uint64]]] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+
+    def distinct(self) -> int:
+        """Distinct images over all workers."""
+        return len(np.unique(np.concatenate(self.digests))) if self.digests else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 0 nothing found, 1 violations."""
+    options = parse(arguments)
+    with mutation(options.mutant):
+        if options.replay is not None:
+            return replay(options)
+        return search(options)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(prog="tools/crash-search", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long to search (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="steps of a scenario (default: 60)")
+    parser.add_argument("--images", type=int, default=24, help="images tried per cut (default: 24)")
+    parser.add_argument(
+        "--threads", action="store_true", help="several clients at once, interleaved by the seed"
+    )
+    parser.add_argument("--replay", type=int, metavar="SEED", help="run one seed and print what it does")
+    parser.add_argument(
+        "--mutant", choices=[mutant.name for mutant in MUTANTS], help="with a deliberate mistake"
+    )
+    parser.add_argument("--report", metavar="FILE", help="append the figures as a line of JSON")
+    return parser.parse_args(arguments)
+
+
+@contextmanager
+def mutation(name: str | None) -> Iterator[None]:
+    """The deliberate mistake of that name, if any."""
+    chosen = [mutant for mutant in MUTANTS if mutant.name == name]
+    if not chosen:
+        yield
+        return
+    with chosen[0].switch():
+        yield
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """The budget that the options ask for; part of what makes a run the same again."""
+    return Budget(images_per_cut=options.images, thin_check_every=4000)
+
+
+def command(options: argparse.Namespace, found: Found) -> str:
+    """The command that shows a violation again."""
+    threads = " --threads" if options.threads else ""
+    mutant = f" --mutant {options.mutant}" if options.mutant else ""
+    return f"tools/crash-search --replay {found.seed} --steps {found.steps} --images {options.images}{threads}{mutant}"
+
+
+def replay(options: argparse.Namespace) -> int:
+    """Run one seed, printing its steps where it fails."""
+    try:
+        Search(budget_of(options)).seed(options.replay, steps=options.steps, threads=options.threads)
+    except Found as found:
+        print(*(f"{number:4}  {text}" for number, text in enumerate(found.text, 1)), sep="\n")
+        print(f"\ncut after event {found.cut}: {found.what}")
+        return 1
+    print(f"seed {options.replay}: nothing found")
+    return 0
+
+
+def worker(options: argparse.Namespace, first: int, results: Queue[tuple[Any, ...]]) -> None:
+    """Take every n-th seed until the time is up."""
+    found = None
+    budget, seed = budget_of(options), first
+    searching = Search(budget)
+    deadline = time.monotonic() + options.minutes * 60
+    while time.monotonic() < deadline and found is None:
+        try:
+            searching.seed(seed, steps=options.steps, threads=options.threads)
+        except Found as problem:
+            found = shrink(problem, budget, threads=options.threads)
+        seed += options.workers
+    tally = searching.tally
+    digests = np.fromiter(tally.digests, np.uint64, len(tally.digests))
+    text = None if found is None else f"{found}\n  replay: {command(options, found)}"
+    counts = (tally.scenarios, tally.images + tally.nested_images, tally.recoveries, tally.thin_checks)
+    results.put((counts, seed, digests, text))
+
+
+def search(options: argparse.Namespace) -> int:
+    """Search with all workers and print what came of it."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    started = time.monotonic()
+    workers = [
+        context.Process(target=worker, args=(options, options.seed + number, results))
+        for number in range(options.workers)
+    ]
+    for process in workers:
+        process.start()
+    total = Total()
+    for _ in workers:
+        (scenarios, images, recoveries, thin_checks), seed, digests, text = results.get()
+        total.scenarios += scenarios
+        total.images += images
+        total.recoveries += recoveries
+        total.thin_checks += thin_checks
+        total.next_seed = max(total.next_seed, seed)
+        total.digests.append(digests)
+        total.found += [text] if text else []
+    for process in workers:
+        process.join()
+    return report(options, total, time.monotonic() - started)
+
+
+def report(options: argparse.Namespace, total: Total, seconds: float) -> int:
+    """Print the figures."""
+    distinct = total.distinct()
+    print(f"seeds {options.seed}..{total.next_seed - 1}: {total.scenarios} scenarios in {seconds:.0f} s")
+    print(
+        f"{total.images} crash states checked, {distinct} of them distinct, {distinct / seconds:.0f} a second"
+    )
+    print(f"{total.recoveries} recovered by the engine, {total.thin_checks} shown to thin_check")
+    print(*(total.found or ["no violation"]), sep="\n")
+    if options.report:
+        figures = {
+            "seeds": [options.seed, total.next_seed - 1],
+            "threads": options.threads,
+            "scenarios": total.scenarios,
+            "states": total.images,
+            "distinct": distinct,
+            "recoveries": total.recoveries,
+            "thin_checks": total.thin_checks,
+            "violations": len(total.found),
+            "seconds": round(seconds),
+        }
+        with open(options.report, "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+    return 1 if total.found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
