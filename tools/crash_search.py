@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tests.fakes.crash_search import Budget, Found, Search, shrink
-from tests.fakes.mutants import MUTANTS
+from tests.fakes.mutants import MUTANTS, states_to_find
 
 
 @dataclass(slots=True)
@@ -47,6 +47,8 @@ class Total:
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0 nothing found, 1 violations."""
     options = parse(arguments)
+    if options.mutants:
+        return mutants()
     with mutation(options.mutant):
         if options.replay is not None:
             return replay(options)
@@ -69,6 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--replay", type=int, metavar="SEED", help="run one seed and print what it does")
     parser.add_argument(
         "--mutant", choices=[mutant.name for mutant in MUTANTS], help="with a deliberate mistake"
+    )
+    parser.add_argument(
+        "--mutants", action="store_true", help="find every deliberate mistake and print a table"
     )
     parser.add_argument("--report", metavar="FILE", help="append the figures as a line of JSON")
     return parser.parse_args(arguments)
@@ -107,6 +112,19 @@ def replay(options: argparse.Namespace) -> int:
         return 1
     print(f"seed {options.replay}: nothing found")
     return 0
+
+
+def mutants() -> int:
+    """Print how soon each deliberate mistake is found."""
+    print("| mistake | what it does | found after | at the latest |", "| --- | --- | ---: | ---: |", sep="\n")
+    missed = 0
+    for mutant in MUTANTS:
+        states = states_to_find(mutant)
+        missed += states is None
+        unit = "scenarios" if mutant.uncut else "states"
+        at = "**not found**" if states is None else f"{states:,} {unit}"
+        print(f"| `{mutant.name}` | {mutant.breaks} | {at} | {mutant.states:,} |", flush=True)
+    return 1 if missed else 0
 
 
 def worker(options: argparse.Namespace, first: int, results: Queue[tuple[Any, ...]]) -> None:

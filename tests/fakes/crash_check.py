@@ -198,7 +198,7 @@ class Checker:
             for entry in entries:
                 model = world[entry.name]
                 session = pool.open_session(entry)
-                actual = self._contents.intern(bytes(session.read_copy(0, entry.size_bytes)))
+                actual = self._contents.intern(bytes(session.read_bytes(0, entry.size_bytes)))
                 session.close()
                 problem = describe_strangers(entry.name, model, actual, self._contents)
                 if problem is not None:

@@ -406,7 +406,7 @@ class Scenario:
         model = self.oracle.world[name]
         session: Session = self.client(name).session
         length = model.sectors * SECTOR_BYTES
-        for read in (Session.read_copy, read_by_kernel):
+        for read in (Session.read_bytes, read_by_kernel):
             actual = self.disk.contents.intern(bytes(read(session, 0, length)))
             strangers = (
                 model.strangers(actual) if model.in_doubt else np.flatnonzero(actual != model.current())

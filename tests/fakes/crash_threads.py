@@ -193,7 +193,7 @@ class ThreadedScenario(Scenario):
         self.compare(name)
         model = self.oracle.world[name]
         session = self.client(name).session
-        actual = self.disk.contents.intern(bytes(session.read_copy(0, model.sectors * SECTOR_BYTES)))
+        actual = self.disk.contents.intern(bytes(session.read_bytes(0, model.sectors * SECTOR_BYTES)))
         self.mark(Seen(model.number, actual))
 
 

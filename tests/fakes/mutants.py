@@ -19,6 +19,7 @@ from metadata.pool_metadata import PoolMetadata
 from metadata.transaction import Transaction
 from nbd.constants import CommandFlag
 from nbd.execution import Executor
+from tests.fakes.crash_search import Budget, Found, Search
 from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedData, SimulatedDisk
 from thinpool.catalog import Catalog, Put
 from thinpool.committer import Committer
@@ -415,50 +416,71 @@ MUTANTS = [
     Mutant(one_metadata_flush, "no flush between the blocks and the superblock", 2_000),
     Mutant(superblock_not_flushed, "no flush after the superblock", 2_000),
     Mutant(metadata_changed_in_place, "overwrites unshared committed blocks", 2_000),
-    Mutant(freed_metadata_reused_at_once, "reuses metadata blocks freed in the transaction", 5_000),
+    Mutant(freed_metadata_reused_at_once, "reuses metadata blocks freed in the transaction", 15_000),
     Mutant(freed_data_reused_at_once, "reuses data blocks freed in the transaction", 20_000),
-    Mutant(punched_before_commit, "punches data blocks before the commit that frees them", 20_000),
-    Mutant(freed_blocks_not_punched, "hands out freed blocks with their old content", 20_000),
-    Mutant(free_blocks_not_scrubbed, "trusts free blocks after a cut to read zeros", 50_000),
+    Mutant(punched_before_commit, "punches data blocks before the commit that frees them", 15_000),
+    Mutant(freed_blocks_not_punched, "hands out freed blocks with their old content", 30_000),
+    Mutant(free_blocks_not_scrubbed, "trusts free blocks after a cut to read zeros", 2_000),
     Mutant(names_promoted_early, "promotes names before the metadata commit", 2_000),
     Mutant(names_staged_in_memory_only, "stages names without making them durable", 2_000),
     Mutant(staged_names_forgotten_on_open, "drops staged names whose metadata is committed", 2_000),
     Mutant(staged_names_always_promoted_on_open, "promotes staged names whose metadata is not", 2_000),
     Mutant(transaction_id_not_moved, "does not tie names to a commit", 2_000),
-    Mutant(catalogue_written_in_two_steps, "promotes rows one by one", 20_000),
-    Mutant(rename_forgets_the_snapshots, "leaves origins with the old name", 20_000),
+    Mutant(catalogue_written_in_two_steps, "promotes rows one by one", 10_000),
+    Mutant(rename_forgets_the_snapshots, "leaves origins with the old name", 10_000),
     Mutant(flush_acknowledged_early, "acknowledges FLUSH without a commit", 2_000),
-    Mutant(fua_ignored, "acknowledges FUA without a commit", 20_000),
-    Mutant(flush_skips_unmappings, "a flush does not commit when only trims happened", 20_000),
+    Mutant(fua_ignored, "acknowledges FUA without a commit", 2_000),
+    Mutant(flush_skips_unmappings, "a flush does not commit when only trims happened", 10_000),
     Mutant(snapshot_misses_new_mappings, "a snapshot leaves out mappings not in the tree yet", 5_000),
     Mutant(origin_writes_into_its_snapshot, "the origin does not copy after a snapshot", 5_000),
     Mutant(shared_block_not_copied, "breaking of sharing does not copy", 5_000),
     Mutant(
         sharing_judged_in_transaction, "takes a block for its own whose sharer is not committed gone", 100_000
     ),
-    Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 50_000),
+    Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 25_000),
     Mutant(shrink_zeroes_first, "shrinking destroys what it has not cut off yet", 50_000),
-    Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 50_000),
-    Mutant(mapped_before_filled, "maps a block before its first content is written", 50_000, threads=True),
+    Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 100_000),
+    Mutant(mapped_before_filled, "maps a block before its first content is written", 60_000, threads=True),
     Mutant(
         data_flushed_before_the_lists_are_taken,
         "flushes the data before taking the lists",
-        50_000,
+        40_000,
         threads=True,
     ),
     Mutant(
-        write_under_way_not_waited_for, "commits past a write that has its block only", 50_000, threads=True
+        write_under_way_not_waited_for, "commits past a write that has its block only", 30_000, threads=True
     ),
     Mutant(
-        readers_not_waited_for, "hands out blocks that are still being sent", 200, threads=True, uncut=True
+        readers_not_waited_for, "hands out blocks that are still being sent", 150, threads=True, uncut=True
     ),
     Mutant(
-        snapshot_waits_for_nobody, "takes a snapshot in the middle of a write", 200, threads=True, uncut=True
+        snapshot_waits_for_nobody, "takes a snapshot in the middle of a write", 150, threads=True, uncut=True
     ),
     Mutant(
         flush_joins_the_running_commit,
         "a flush counts on a commit that began before it",
-        50_000,
+        100_000,
         threads=True,
     ),
 ]
+
+
+BUDGET = Budget(images_per_cut=12)
+
+
+def states_to_find(mutant: Mutant, limit: int | None = None) -> int | None:
+    """Crash states (or, uncut, scenarios) until the search finds a mutant; None where it does not within `limit`."""
+    limit = mutant.states if limit is None else limit
+    search, seed = Search(BUDGET), 0
+    while True:
+        if (seed if mutant.uncut else search.tally.images + search.tally.nested_images) > limit:
+            return None
+        with mutant.switch():
+            try:
+                if mutant.uncut:
+                    search.uncut(seed)
+                else:
+                    search.seed(seed, threads=mutant.threads)
+            except Found:
+                return seed + 1 if mutant.uncut else search.tally.images + search.tally.nested_images
+        seed += 1
