@@ -215,7 +215,7 @@ class Pool:
             return
         session = self._device(entry).open()
         try:
-            if session.read_copy(entry.size_bytes, tail).count(0) == tail:
+            if session.read_bytes(entry.size_bytes, tail).count(0) == tail:
                 return
             session.zero(entry.size_bytes, tail, keep_allocated=False, fast_only=False)
         finally:

@@ -187,30 +187,35 @@ class Session:
 
         return write
 
-    # --- without the lock ---
-
     def read_copy(self, offset: int, length: int) -> bytearray:
-        """Read into memory, for TLS and for whoever must look at the bytes."""
+        """Read into memory, inside `enter` and `leave` like `read`: for TLS, which must look at the bytes.
+
+        Raises OSError(EIO) for a bad sector, a data file that ends early, or damaged metadata.
+        """
         block_bytes = self._engine.block_bytes
         result = bytearray(length)
+        position = 0
+        while position < length:
+            index, inside = divmod(offset + position, block_bytes)
+            piece = min(block_bytes - inside, length - position)
+            self.device.ensure(index, index)
+            entry = self.device.block_map.entries[index]
+            if entry >= MAPPED:
+                at = ((entry >> 24) - 1) * block_bytes + inside
+                result[position : position + piece] = self._engine.data.read(at, piece)
+            position += piece
+        return result
+
+    # --- without the lock ---
+
+    def read_bytes(self, offset: int, length: int) -> bytearray:
+        """`read_copy` for callers without a batch of their own."""
         self.enter()
         try:
-            position = 0
-            while position < length:
-                index, inside = divmod(offset + position, block_bytes)
-                piece = min(block_bytes - inside, length - position)
-                self.device.ensure(index, index)
-                entry = self.device.block_map.entries[index]
-                if entry >= MAPPED:
-                    at = ((entry >> 24) - 1) * block_bytes + inside
-                    result[position : position + piece] = self._engine.data.read(at, piece)
-                position += piece
-        except MetadataError as error:
-            raise io_error(error) from error
+            return self.read_copy(offset, length)
         finally:
             self.leave()
             self.sent()
-        return result
 
     def wait_for_space(self) -> bool:
         """After a write failed with ENOSPC and the replies before it went out: is it worth another try?"""

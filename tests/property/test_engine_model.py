@@ -221,7 +221,7 @@ class EngineModel(RuleBasedStateMachine):
     def compare(self, name: str, session) -> None:
         want = bytes(self.oracle[name])
         try:
-            assert session.read_copy(0, len(want)) == want
+            assert session.read_bytes(0, len(want)) == want
             assert read_by_kernel(session, 0, len(want)) == want
             extents = session.extents(0, len(want))
             assert sum(length for length, _ in extents) == len(want)

@@ -1,12 +1,15 @@
 """The oracle of `test_engine_model` again, with every read and write going over real NBD connections to a server.
 
-Two connections a device, in simple, structured or extended mode, stay open over snapshots: what one wrote and was
+Two connections a device, in simple, structured or extended mode or inside TLS, stay open over snapshots: what one wrote and was
 answered, the other reads, and the snapshot taken in between holds.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -16,9 +19,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
+from nbd import CertificateTls
 from nbd.client import Client
 from nbd.server import Server
 from nbd.uri import unix_uri
+from tests.fakes.nbd_server import make_certificates
 from thinpool.errors import DeviceInUse
 from thinpool.exports import PoolExports
 from thinpool.opening import create_pool, open_pool
@@ -29,17 +34,25 @@ OFFSETS = st.one_of(st.integers(0, 6 * BLOCK), st.integers(0, 6).map(lambda n: n
 LENGTHS = st.one_of(st.integers(1, 3 * BLOCK), st.sampled_from([512, 4096, BLOCK, 2 * BLOCK]))
 
 
+@functools.cache
+def certificates() -> Path:
+    directory = tempfile.mkdtemp(prefix="tp-pki-")
+    atexit.register(shutil.rmtree, directory)
+    return make_certificates(Path(directory))
+
+
 class ServedModel(RuleBasedStateMachine):
     names = Bundle("names")
 
-    @initialize(form=st.sampled_from(["simple", "structured", "extended"]))
+    @initialize(form=st.sampled_from(["simple", "structured", "extended", "tls"]))
     def start(self, form: str) -> None:
         self.form = form
         self.work = tempfile.TemporaryDirectory(prefix="tp-")
         root = Path(self.work.name, "pool")
         create_pool(root, size_bytes=256 * BLOCK)
         self.pool = open_pool(PoolLocation.directory(root))
-        self.server = Server(PoolExports(self.pool))
+        tls = CertificateTls(certificates()) if form == "tls" else None
+        self.server = Server(PoolExports(self.pool), tls=tls)
         self.socket = os.path.join(self.work.name, "s")
         self.server.listen_unix(self.socket)
         self.server.start()
@@ -69,7 +82,9 @@ class ServedModel(RuleBasedStateMachine):
         return self.clients[name][which]
 
     def connect(self, name: str) -> Client:
-        uri = unix_uri(self.socket, name)
+        uri = unix_uri(self.socket, name, tls=self.form == "tls")
+        if self.form == "tls":
+            uri += f"&tls-certificates={certificates()}&tls-hostname=localhost"
         return Client.connect(uri, structured=self.form != "simple", extended=self.form == "extended")
 
     @rule(target=names, size=st.integers(1, 7 * BLOCK))

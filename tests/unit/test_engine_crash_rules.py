@@ -53,7 +53,7 @@ def reopened(disk: SimulatedDisk, image: Image) -> Pool:
 def content(pool: Pool, name: str) -> bytes:
     opened = session(pool, name)
     try:
-        return bytes(opened.read_copy(0, opened.device.size_bytes))
+        return bytes(opened.read_bytes(0, opened.device.size_bytes))
     finally:
         opened.close()
 
