@@ -215,11 +215,11 @@ class Pool:
             return
         session = self._device(entry).open()
         try:
-            if session.read_bytes(entry.size_bytes, tail).count(0) == tail:
-                return
-            session.zero(entry.size_bytes, tail, keep_allocated=False, fast_only=False)
+            if session.read_bytes(entry.size_bytes, tail).count(0) != tail:
+                session.zero(entry.size_bytes, tail, keep_allocated=False, fast_only=False)
         finally:
             session.close()
+        # Also when it read zeros: they may be so only in this transaction.
         self.engine.commit()
 
     def rollback(self, name: str, snapshot: str, *, keep: str | bool | None = None) -> DeviceInfo:

@@ -147,6 +147,20 @@ def test_what_a_shrink_cut_off_does_not_come_back_with_growth(disk):
                 assert found.rstrip(b"\0") == b"a" * 4096, f"after event {number}"
 
 
+def test_growth_does_not_trust_zeros_that_are_not_committed(disk):
+    pool = disk.open()
+    pool.create_device("one", BLOCK)
+    opened = session(pool, "one")
+    write(opened, 0, b"a" * BLOCK)
+    opened.close()
+    pool.resize("one", 4096, shrink=True)
+    opened = session(pool, "one")
+    opened.trim(0, 4096)  # the whole of the device, so the block goes
+    opened.close()
+    pool.resize("one", BLOCK)
+    assert not content(reopened(disk, durable_only(disk)), "one")[4096:].strip(b"\0")
+
+
 def test_no_superblock_tells_of_metadata_blocks_that_a_cut_takes_away(disk):
     pool = disk.open()
     pool.grow(None, 300 * 4096)
