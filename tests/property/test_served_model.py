@@ -42,16 +42,16 @@ def certificates() -> Path:
 
 
 class ServedModel(RuleBasedStateMachine):
+    form = ""  # of replies, or inside TLS; each has a subclass below
     names = Bundle("names")
 
-    @initialize(form=st.sampled_from(["simple", "structured", "extended", "tls"]))
-    def start(self, form: str) -> None:
-        self.form = form
+    @initialize()
+    def start(self) -> None:
         self.work = tempfile.TemporaryDirectory(prefix="tp-")
         root = Path(self.work.name, "pool")
         create_pool(root, size_bytes=256 * BLOCK)
         self.pool = open_pool(PoolLocation.directory(root))
-        tls = CertificateTls(certificates()) if form == "tls" else None
+        tls = CertificateTls(certificates()) if self.form == "tls" else None
         self.server = Server(PoolExports(self.pool), tls=tls)
         self.socket = os.path.join(self.work.name, "s")
         self.server.listen_unix(self.socket)
@@ -169,11 +169,16 @@ class ServedModel(RuleBasedStateMachine):
         assert self.client(name, which).read(0, len(self.oracle[name])) == bytes(self.oracle[name])
 
 
-TestServedModel = ServedModel.TestCase
-TestServedModel.settings = settings(
-    max_examples=int(os.environ.get("THINPOOL_EXAMPLES", "25")),
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    derandomize="THINPOOL_EXAMPLES" not in os.environ,
-)
+def machine(form: str) -> type:
+    case = type(f"Served{form.title()}", (ServedModel,), {"form": form}).TestCase
+    case.settings = settings(
+        max_examples=int(os.environ.get("THINPOOL_EXAMPLES", "10")),
+        stateful_step_count=30,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize="THINPOOL_EXAMPLES" not in os.environ,
+    )
+    return case
+
+
+TestSimple, TestStructured, TestExtended, TestTls = map(machine, ("simple", "structured", "extended", "tls"))
