@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 UNMAP_SLICE_BLOCKS = 1 << 20
 EXTENTS_MAX = 1 << 15
 NOTHING = memoryview(b"")
+COMPOSE_BYTES_MAX = 1 << 20
 # Metadata blocks that inserting into one chunk (512 blocks) may take at most: eight leaves and what is above them
 # shadowed, three overflow nodes for each of these that was shared, and the new leaves.
 CHUNK_COST_BLOCKS = 48
@@ -202,7 +203,14 @@ class ThinDevice:
         at = block * length
         if len(data) < length:
             if old_entry >= MAPPED:
-                file.copy(((old_entry >> 24) - 1) * length, at, length)
+                source = ((old_entry >> 24) - 1) * length
+                if length <= COMPOSE_BYTES_MAX:
+                    # One read and one write of the whole block: less work than a copy in the kernel and a write over it.
+                    content = file.read(source, length)
+                    content[inside : inside + len(data)] = data
+                    file.write(at, content)
+                    return
+                file.copy(source, at, length)
             elif not file.punches:
                 file.zero(at, length)  # a free block of such a file may hold anything
         if len(data):

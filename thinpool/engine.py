@@ -147,6 +147,8 @@ class Engine:
             self.metadata.write_commit(prepared)
             with self.tree:
                 report = self.metadata.finish_commit(prepared)
+        if report is None and not len(fresh):
+            return None  # nothing but data: what the next mapping may take has not changed either
         orphans = self._unreferenced(fresh)
         freed = orphans if report is None else np.union1d(report.freed_data, orphans)
         self.reclaimer.add(freed)

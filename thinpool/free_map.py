@@ -21,6 +21,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 
 REGION_BLOCKS = 1024
+NO_BLOCKS: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
 Scrub = Callable[[int, int], None]
 
@@ -100,6 +101,8 @@ class FreeMap:
 
     def take_fresh(self) -> NDArray[np.uint64]:
         """Blocks handed out since the last call; the committer looks which of them ended up unused."""
+        if not self._fresh:
+            return NO_BLOCKS  # a flush without a new block is the common one, and numpy is slow for nothing
         with self._lock:
             fresh, self._fresh = self._fresh, []
         return np.unique(np.array(fresh, dtype=np.uint64))
