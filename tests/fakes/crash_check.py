@@ -83,7 +83,15 @@ class ImageStore:
 class Checker:
     """Checks images over one table of contents."""
 
-    def __init__(self, contents: Contents, catalogs: type[SimulatedCatalog] = SimulatedCatalog) -> None:
+    def __init__(
+        self,
+        contents: Contents,
+        catalogs: type[SimulatedCatalog] = SimulatedCatalog,
+        *,
+        after_faults: bool = False,
+    ) -> None:
+        """`after_faults`: the pool may be marked as needing a check, and opens read-only then."""
+        self._after_faults = after_faults
         self._contents = contents
         self._catalogs = catalogs
         self._remembered: list[_Remembered] = []
@@ -115,7 +123,7 @@ class Checker:
                 return known.view
         self.metadata_opened += 1
         store = ImageStore(self._contents.bytes_of(contents[:size]))
-        view = _open(store)
+        view = _open(store, after_faults=self._after_faults)
         blocks = np.array(sorted(store.blocks))
         sectors = (blocks[:, None] * BLOCK_SECTORS + np.arange(BLOCK_SECTORS)).reshape(-1)
         self._remembered.append(_Remembered(sectors, contents[sectors].copy(), size, view))
@@ -178,6 +186,18 @@ class Checker:
             return self._work_on(image, observed, random, steps)
         raise Violation("; or: ".join(problems))
 
+    def look(self, image: Image, worlds: Iterable[World]) -> None:
+        """Open the image with the engine and read everything. Raises Violation."""
+        problems = []
+        for world in worlds:
+            disk = SimulatedDisk(self._contents, image, catalogs=self._catalogs)
+            observed = self._observe(disk, world)
+            disk.close()
+            if not isinstance(observed, str):
+                return
+            problems.append(observed)
+        raise Violation("; or: ".join(problems))
+
     def _observe(self, disk: SimulatedDisk, world: World) -> World | str:
         """What every device reads as, as a world with nothing in doubt; or what is wrong."""
         try:
@@ -185,7 +205,7 @@ class Checker:
         except (MetadataError, ThinPoolError, OSError) as error:
             raise Violation(f"the pool does not open: {error}") from error
         try:
-            if not pool.writable:
+            if not pool.writable and not (self._after_faults and pool.engine.metadata.needs_check):
                 raise Violation("the pool opens read-only")
             changed = [event for event in disk.events if event.kind is not Kind.CATALOG]
             if changed:
@@ -231,10 +251,10 @@ class Checker:
             raise Violation(f"thin_check: {done.stdout.strip()} {done.stderr.strip()}")
 
 
-def _open(store: ImageStore) -> View:
+def _open(store: ImageStore, *, after_faults: bool) -> View:
     try:
         pool = PoolMetadata.open(store)  # type: ignore[arg-type]
-        if pool.needs_check:
+        if pool.needs_check and not after_faults:
             raise Violation("the pool is marked as needing a check")
         pool.unavailable_data()
         wrong = recount(store)

@@ -213,6 +213,11 @@ class Seen:
     contents: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Mark: the pool was opened anew without having been closed well; no later flush is about what came before."""
+
+
 class Step:
     """One change of names and sizes; `apply` gives the world after it.
 
@@ -238,6 +243,7 @@ class Oracle:
         self._acknowledged: set[int] = set()
         self._step: Step | None = None
         self._taken: DeviceModel | None = None
+        self._unknown: list[tuple[Step, DeviceModel | None]] = []
         self._watched: list[tuple[int, DeviceModel]] = []
 
     def watch(self, model: DeviceModel) -> DeviceModel:
@@ -272,10 +278,16 @@ class Oracle:
             case StepEnd(step, done):
                 if done:
                     self.world = step.apply(self.world, self._taken)
-                if done is not None:
-                    if self._taken is not None:
-                        self.unwatch(self._taken)
-                    self._step = self._taken = None
+                if done is None:
+                    self._unknown.append((step, self._taken))
+                elif self._taken is not None:
+                    self.unwatch(self._taken)
+                self._step = self._taken = None
+            case Restart():
+                self._acknowledged.clear()
+                for device in self.world.values():
+                    for layer in device.layers:
+                        layer.stage = Stage.FAILED
             case Seen(number, contents):
                 device = self._device(number)
                 device.base, device.layers = contents.copy(), []
@@ -302,3 +314,5 @@ class Oracle:
         yield self.world
         if self._step is not None:
             yield self._step.apply(self.world, self._taken)
+        for step, taken in self._unknown:
+            yield step.apply(self.world, taken)

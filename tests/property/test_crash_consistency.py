@@ -134,7 +134,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.run.random = Random(seed)
         self.run.text.append(choice)
         with self.run.timed():
-            CHOICES[choice][1](self.run)
+            self.run.take(choice)
 
     def teardown(self) -> None:
         if self.run is None:
