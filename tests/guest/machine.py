@@ -186,14 +186,14 @@ class Machine:
 
     def boot(self) -> None:
         """Start QEMU and wait for the agent. Raises GuestDiedError."""
-        for name in accelerator.candidates():
+        *hopes, last = accelerator.candidates()
+        for name in hopes:
             try:
                 self._start(name)
                 return
-            except GuestDiedError as error:
+            except GuestDiedError:
                 self._kill()
-                failure = error
-        raise failure
+        self._start(last)
 
     def _start(self, accelerated_by: str) -> None:
         deadline = time.monotonic() + accelerator.BOOT_SECONDS_MAX[accelerated_by]

@@ -7,6 +7,7 @@ later, from the device and from snapshots; its own checkers judge the file syste
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -14,11 +15,10 @@ import pytest
 
 from tests.fakes.nbd_server import make_certificates
 from tests.guest.machine import HOST, Machine
-from tests.guest.served_pool import LOAD_NBD, served_pool
+from tests.guest.served_pool import LOAD_NBD, ServedPool, served_pool
 
-TREE = (
-    Path(__file__).resolve().parents[2] / "metadata"
-)  # a small source tree, seen by the guest under its own path
+CHECKOUT = Path(__file__).resolve().parents[2]
+TREE = CHECKOUT / "metadata"  # a small source tree, seen by the guest under its own path
 MAKE = {"ext4": "mkfs.ext4 -q", "xfs": "mkfs.xfs -q"}
 CHECK = {"ext4": "e2fsck -fn", "xfs": "xfs_repair -n"}
 # Replaying a journal needs a writable device; xfs also refuses a second file system with the same id.
@@ -73,7 +73,7 @@ def test_a_file_system_lives_through_snapshots_and_rollback(guest: Machine, kind
         pool.check_metadata()
 
 
-def _trimmed_space_comes_back(guest: Machine, pool) -> None:
+def _trimmed_space_comes_back(guest: Machine, pool: ServedPool) -> None:
     before = pool.status()["data_used_bytes"]
     guest.run("rm /mnt/disk/large; sync; fstrim /mnt/disk; sync")
     deadline = time.monotonic() + 10
@@ -82,14 +82,14 @@ def _trimmed_space_comes_back(guest: Machine, pool) -> None:
         time.sleep(0.1)
 
 
-def _when_idle(pool, device: str) -> None:
+def _when_idle(pool: ServedPool, device: str) -> None:
     deadline = time.monotonic() + 10
     while pool.list()[device]["open_count"]:
         assert time.monotonic() < deadline, f"{device} is still open"
         time.sleep(0.05)
 
 
-def _delete_when_idle(pool, device: str) -> None:
+def _delete_when_idle(pool: ServedPool, device: str) -> None:
     _when_idle(pool, device)
     pool.operate("delete", name=device)
 
@@ -101,13 +101,13 @@ def test_four_connections_see_one_device(guest: Machine):
         done = guest.run(
             f"""{pool.connect("disk", options="-C 4 -b 512")}
             cat /sys/block/nbd0/size
-            fio --name=a --filename=/dev/nbd0 --direct=1 --ioengine=psync --thread --numjobs=4 --size=8M \\
+            fio --name=a --filename=/dev/nbd0 --direct=1 --ioengine=psync --thread --numjobs=4 --size=3M \\
                 --offset_increment=8M --rw=randwrite --bs=4k --fsync=64 --verify=crc32c --do_verify=1 \\
                 --verify_fatal=1 --output=/dev/null
             sha256sum < /dev/nbd0"""
         )
         assert pool.list()["disk"]["open_count"] == 4
-        size, digest = done.out.split()[:2]
+        size, digest = done.out.splitlines()[-2:]
         assert int(size) == 64 * MIB // 512
         pool.kill()  # what was flushed must be there although nothing was closed
         pool.start()
@@ -116,40 +116,83 @@ def test_four_connections_see_one_device(guest: Machine):
             {pool.connect("disk", "/dev/nbd1")}
             sha256sum < /dev/nbd1"""
         )
-        assert again.out.split()[-2] == digest
+        assert again.out.splitlines()[-1] == digest
 
 
-def test_persistent_client_comes_back_after_a_crash_of_the_server(guest: Machine):
-    """nbd-client -persist gives the device back under the same name; a writer that tries again loses nothing.
+def _netlink(verb: str, pool: ServedPool) -> str:
+    script = CHECKOUT / "tests" / "guest" / "reconnecting.py"
+    return f"PYTHONPATH={CHECKOUT} {sys.executable} {script} {verb} 0 nbd://{HOST}:{pool.port}/disk\n"
 
-    Meanwhile the kernel answers with errors: nbd-client 3.24 sets no time-out for dead connections.
+
+def test_writes_go_on_when_the_server_was_killed_and_came_back(guest: Machine):
+    """The driver waits for a new socket and sends again what was not answered: the file system notices nothing.
+
+    `nbd-client -persist` cannot be used for this: version 3.24 with kernel 6.1 ends when the server goes, because
+    NBD_DO_IT returns 0 then, and it sets no time for which the driver would wait.
     """
-    blocks = 60
+    go = guest.share / "go"
     with served_pool() as pool:
-        pool.operate("create", name="disk", size_bytes=32 * MIB)
-        guest.run(pool.connect("disk", options="-C 1 -b 512 -nonetlink -persist"))
-        writer = guest.start(
-            f"""dd if=/dev/urandom of=/run/payload bs=64k count={blocks} status=none
-            for block in $(seq 0 {blocks - 1}); do
-                for try in $(seq 100); do
-                    dd if=/run/payload of=/dev/nbd0 bs=64k count=1 skip=$block seek=$block oflag=direct \\
-                        conv=notrunc,fsync status=none 2>/dev/null && break
-                    echo again
-                    sleep 0.2
-                done
-                echo block $block
-            done
-            cmp -n {blocks * 65536} /run/payload /dev/nbd0"""
+        pool.operate("create", name="disk", size_bytes=64 * MIB)
+        guest.run(
+            f"""{LOAD_NBD}{_netlink("connect", pool)}
+            mkfs.ext4 -q /dev/nbd0
+            mkdir -p /mnt/disk
+            mount -o errors=panic /dev/nbd0 /mnt/disk"""
         )
-        while "block 10\n" not in writer.output():
+        writer = guest.start(
+            f"""for turn in 1 2 3 4 5; do
+                cp -r {TREE} /mnt/disk/tree$turn
+                sync -f /mnt/disk
+                echo turn $turn
+                while [ $turn = 2 ] && [ ! -e /run/guest/{go.name} ]; do sleep 0.1; done
+            done"""
+        )
+        while "turn 2\n" not in writer.output():
             assert writer.is_running(), writer.wait()
             time.sleep(0.05)
         pool.kill()
+        go.touch()
+        time.sleep(1)  # requests go into the void
         pool.start()
-        done = writer.wait(60)
-        assert "again" in done.out
-        assert f"block {blocks - 1}\n" in done.out
+        assert writer.is_running()
+        guest.run(_netlink("reconnect", pool))
+        assert "turn 5\n" in writer.wait().out
+        go.unlink()
+        guest.run(
+            f"""umount /mnt/disk
+            e2fsck -fn /dev/nbd0
+            mount /dev/nbd0 /mnt/disk
+            for turn in 1 2 3 4 5; do diff -r {TREE} /mnt/disk/tree$turn; done
+            umount /mnt/disk
+            nbd-client -d /dev/nbd0"""
+        )
+
+
+@pytest.mark.xfail(
+    reason="a mapping is only in the server's memory until the next commit, which a flush or a second brings"
+)
+def test_answered_writes_survive_a_killed_server(guest: Machine):
+    """A client that reconnects has no reason to write again what was answered, flushed or not."""
+    with served_pool() as pool:
+        pool.operate("create", name="disk", size_bytes=16 * MIB)
+        guest.run(f"{LOAD_NBD}{_netlink('connect', pool)}")
+        writer = guest.start(
+            """dd if=/dev/urandom of=/run/payload bs=64k count=64 status=none
+            for block in $(seq 0 63); do
+                dd if=/run/payload of=/dev/nbd0 bs=64k count=1 skip=$block seek=$block oflag=direct conv=notrunc status=none
+                echo block $block
+            done"""
+        )
+        while "block 20\n" not in writer.output():
+            assert writer.is_running(), writer.wait()
+            time.sleep(0.01)
+        pool.kill()
+        pool.start()
+        guest.run(_netlink("reconnect", pool))
+        writer.wait()
+        same = guest.run("cmp -n $((64 * 65536)) /run/payload /dev/nbd0", check=False)
         guest.run("nbd-client -d /dev/nbd0")
+        assert same.status == 0, same.out
 
 
 def test_logical_blocks_of_4096_and_512_bytes(guest: Machine):
