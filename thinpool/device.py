@@ -205,7 +205,7 @@ class ThinDevice:
             if old_entry >= MAPPED:
                 source = ((old_entry >> 24) - 1) * length
                 if length <= COMPOSE_BYTES_MAX:
-                    # One read and one write of the whole block: less work than a copy in the kernel and a write over it.
+                    # One read and one write: less work than a copy in the kernel and a write over it.
                     content = file.read(source, length)
                     content[inside : inside + len(data)] = data
                     file.write(at, content)
