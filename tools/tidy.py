@@ -141,7 +141,7 @@ def struct_findings(path: str, tree: ast.Module) -> Iterator[Finding]:
         if name != "Struct" and isinstance(function, ast.Name):
             continue  # a local function that happens to be called pack
         text = format_text(node.args[0])
-        allowed = (*BYTE_ORDERS, HOST_ORDER) if "tests" in path.parts else BYTE_ORDERS
+        allowed = (*BYTE_ORDERS, HOST_ORDER) if path.startswith("tests/") else BYTE_ORDERS
         if text is not None and not text.startswith(allowed):
             yield Finding(path, node.lineno, f"struct format {text!r} has no explicit byte order (< or >)")
         if name != "Struct" and inline_is_refused:
