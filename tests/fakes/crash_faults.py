@@ -57,7 +57,8 @@ class Fault:
     def before(self, operation: str, count: int) -> int:
         """The hook of the disk."""
         here, self.done = self.done, self.done + 1
-        again = self.lasting and self.struck and operation.split()[0] == self.struck.split()[0]
+        file = operation.partition(" ")[0]
+        again = self.lasting and self.struck.partition(" ")[0] == file
         if here != self.number and not again:
             return count
         if self.kind == "short":
