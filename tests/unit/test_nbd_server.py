@@ -293,7 +293,7 @@ def test_shutdown_answers_what_is_in_flight_and_leaves_nothing_open(disk: Memory
             idle.read(0, 1)
         client.close()
         idle.close()
-    assert descriptors() == before
+    assert descriptors() <= before  # fewer where the interpreter threw away what earlier tests left
 
 
 def test_requests_during_shutdown_are_told_so(disk: MemoryDevice) -> None:
