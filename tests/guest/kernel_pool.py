@@ -16,6 +16,10 @@ SECTOR_BYTES = 512
 NODE = "/dev/mapper/pool"
 
 
+def _thin_table(device_id: int, size_bytes: int) -> str:
+    return f"0 {size_bytes // SECTOR_BYTES} thin {NODE} {device_id}"
+
+
 class KernelPool:
     """A pool of the guest's kernel. `activate` before, `deactivate` after, the files are ours to use."""
 
@@ -39,28 +43,35 @@ class KernelPool:
 
     def activate(self, devices: Mapping[int, int] | None = None) -> str:
         """Create the pool and thin devices (id -> size in bytes); returns the pool's status line."""
-        self._disks = [self._guest.attach(name, path) for name, path in self._files.items()]
+        if not self._disks:
+            self._disks = [self._guest.attach(name, path) for name, path in self._files.items()]
+        metadata, data = (disk.path for disk in self._disks)
         features = " ".join((str(len(self._features)), *self._features))
-        table = f"thin-pool {self._disks[0].path} {self._disks[1].path} {self._block_sectors} 0 {features}"
-        lines = [
-            "modprobe dm-thin-pool",
-            f"dmsetup create pool --table '0 {self._data_sectors} {table}'",
-            *(self.thin(device_id, size_bytes) for device_id, size_bytes in (devices or {}).items()),
-            "dmsetup status pool",
+        tables = [
+            f"pool,,,rw,0 {self._data_sectors} thin-pool {metadata} {data} {self._block_sectors} 0 {features}"
         ]
-        return self.run(*lines)
+        tables += [
+            f"thin-{device_id},,,rw,{_thin_table(device_id, size_bytes)}"
+            for device_id, size_bytes in (devices or {}).items()
+        ]
+        return self.run(
+            "modprobe dm-thin-pool",
+            f"blockdev --flushbufs {metadata} {data}",
+            f"dmsetup create --concise '{';'.join(tables)}'",
+            "dmsetup status pool",
+        )
 
     def run(self, *lines: str, seconds: float = 60.0) -> str:
         """Run lines of a script in the guest; what they printed."""
         return self._guest.run("\n".join(lines), seconds=seconds).out
 
-    def deactivate(self) -> None:
-        """Remove all devices, which commits, and give the files back."""
-        remove = "dmsetup ls | awk '$1 ~ /^thin-/ { print $1 }' | xargs -r dmsetup remove"
-        self.run(remove, "dmsetup remove pool")
-        for disk in self._disks:
-            self._guest.detach(disk)
-        self._disks = []
+    def deactivate(self, *, detach: bool = True) -> None:
+        """Remove all devices, which commits and writes everything back; the files are ours to use then."""
+        self.run("cd /dev/mapper", "shopt -s nullglob", "dmsetup remove thin-* pool")
+        if detach:
+            for disk in self._disks:
+                self._guest.detach(disk)
+            self._disks = []
 
     @staticmethod
     def message(text: str) -> str:
@@ -70,8 +81,7 @@ class KernelPool:
     @staticmethod
     def thin(device_id: int, size_bytes: int) -> str:
         """A line that makes the node of a thin device."""
-        table = f"0 {size_bytes // SECTOR_BYTES} thin {NODE} {device_id}"
-        return f"dmsetup create thin-{device_id} --table '{table}'"
+        return f"dmsetup create thin-{device_id} --table '{_thin_table(device_id, size_bytes)}'"
 
     def snapshot(self, device_id: int, origin_id: int) -> str:
         """Lines that snapshot an active device: it stands still meanwhile, as the kernel's documentation wants."""
