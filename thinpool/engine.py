@@ -196,7 +196,9 @@ class Engine:
         return min(pins, default=UNPINNED)
 
     def reclaim(self) -> int:
-        """Hand back freed blocks that no reader can see any more."""
+        """Hand back freed blocks that no reader can see any more; none after the pool gave up."""
+        if self.failure is not None:
+            return 0
         return self.reclaimer.run(self.oldest_pin)
 
     def take_block(self) -> int:
