@@ -20,6 +20,7 @@ from .catalog import Catalog, CatalogEntry, Drop, Put
 from .data_file import DataFile
 from .engine import Engine
 from .errors import BadSize, NotAPool, PoolDamaged, PoolExists, PoolNotFound
+from .lvm_names import read_names
 from .pool import METADATA_BLOCK_BYTES, Pool
 from .pool_location import PoolLocation
 from .pool_lock import PoolLock
@@ -142,6 +143,8 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
         catalog = _open_catalog(location, writable=writable)
         try:
             catalog.recover(metadata.transaction_id)
+            if location.names_path is not None:
+                _take_names(catalog, metadata, location.names_path, data.block_bytes)
             _reconcile(catalog, metadata, data.block_bytes)
             engine = Engine(metadata, data, writable=writable, log=log.error)
         except BaseException:
@@ -201,11 +204,33 @@ def _reconcile(catalog: Catalog, metadata: PoolMetadata, block_bytes: int) -> No
         candidates = itertools.chain([plain], (f"{plain}.{number}" for number in itertools.count(2)))
         name = next(candidate for candidate in candidates if candidate not in names)
         names.add(name)
-        size_bytes = -(-(_highest_mapped(metadata, device_id) + 1) * block_bytes // UNNAMED_SIZE_STEP_BYTES)
-        size_bytes = max(size_bytes, 1) * UNNAMED_SIZE_STEP_BYTES
+        size_bytes = _length_found(metadata, device_id, block_bytes)
         changes.append(Put(CatalogEntry(device_id, name, size_bytes, False, None, time.time(), {})))
     if changes:
         catalog.apply(changes)
+
+
+def _take_names(catalog: Catalog, metadata: PoolMetadata, path: Path, block_bytes: int) -> None:
+    """Name the devices of a bare pool after a file. Raises NamesUnusable, BadName, OSError."""
+    present = {record.device_id for record in metadata.devices()}
+    now = time.time()
+    changes = []
+    for device in read_names(path, present):
+        size_bytes = device.size_bytes or _length_found(metadata, device.device_id, block_bytes)
+        changes.append(
+            Put(
+                CatalogEntry(
+                    device.device_id, device.name, size_bytes, device.read_only, device.origin, now, {}
+                )
+            )
+        )
+    catalog.apply(changes)
+
+
+def _length_found(metadata: PoolMetadata, device_id: int, block_bytes: int) -> int:
+    """How long a device is that nobody told the length of."""
+    steps = -(-(_highest_mapped(metadata, device_id) + 1) * block_bytes // UNNAMED_SIZE_STEP_BYTES)
+    return max(steps, 1) * UNNAMED_SIZE_STEP_BYTES
 
 
 def _highest_mapped(metadata: PoolMetadata, device_id: int) -> int:

@@ -66,6 +66,9 @@ class OperatedPool(Protocol):
     def status(self) -> PoolStatus:
         """Describe the pool."""
 
+    def dm_status(self) -> list[str]:
+        """Describe the pool as `dmsetup status` would."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -131,6 +134,10 @@ def _status(pool: OperatedPool, _: Parameters) -> Result:
     return {"status": pool.status().to_json()}
 
 
+def _dm_status(pool: OperatedPool, _: Parameters) -> Result:
+    return {"lines": pool.dm_status()}
+
+
 def _list(pool: OperatedPool, _: Parameters) -> Result:
     return {"devices": [device.to_json() for device in pool.devices()]}
 
@@ -153,6 +160,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "grow": Operation(_grow, {"size_bytes": OPTIONAL_SIZE, "metadata_bytes": OPTIONAL_SIZE}),
     "commit": Operation(_commit, {}),
     "status": Operation(_status, {}, looks_only=True),
+    "dm-status": Operation(_dm_status, {}, looks_only=True),
     "list": Operation(_list, {}, looks_only=True),
 }
 

@@ -25,6 +25,7 @@ from metadata import PoolMetadata
 
 from .catalog import Catalog, CatalogEntry, Drop, Put
 from .device import ThinDevice
+from .dm_status import DmDevice, device_line, pool_line
 from .engine import Engine
 from .errors import BadSize, DeviceExists, DeviceInUse, NoSuchDevice
 from .names import check_name
@@ -50,6 +51,8 @@ class Pool:
         self.engine = engine
         self.catalog = catalog
         self.block_bytes = engine.block_bytes
+        # Set where a command looks at a pool that nobody serves: its mode is what it would be if it were served.
+        self.only_looking = False
         self._held = held  # locks, released by closing
         self._closed = False
 
@@ -409,8 +412,23 @@ class Pool:
                 failure=None if engine.failure is None else str(engine.failure),
             )
 
+    def dm_status(self) -> list[str]:
+        """What `dmsetup status` would print: a line for the pool, then one for each device, by name."""
+        with self.engine.transaction:
+            if self.writable:
+                self.engine.commit_if_dirty()  # as the kernel does
+            entries = sorted(self.catalog.entries(), key=lambda entry: entry.name)
+            pool_name = "pool" if self.location.root is None else self.location.root.absolute().name
+            with self.engine.tree:
+                lines = [f"{pool_name}: {pool_line(self._metadata, self._mode())}"]
+                for entry in entries:
+                    device = DmDevice(entry.name, entry.device_id, entry.size_bytes)
+                    lines.append(f"{entry.name}: {device_line(self._metadata, device)}")
+            return lines
+
     def _mode(self) -> str:
-        if self.engine.failure is not None or not self.engine.writable:
+        changeable = self.engine.writable or (self.only_looking and not self._metadata.needs_check)
+        if self.engine.failure is not None or not changeable:
             return "read_only"
         if self._metadata.data_blocks_allocated >= self._metadata.data_blocks:
             return "out_of_data_space"

@@ -81,7 +81,9 @@ class PoolAccess:
         return self._operate_here(name, parameters)
 
     def _operate_here(self, name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        pool = open_here(self.location, read_only=OPERATIONS[name].looks_only)
+        looks_only = OPERATIONS[name].looks_only
+        pool = open_here(self.location, read_only=looks_only)
+        pool.only_looking = looks_only
         try:
             return execute(pool, str(self.location), name, parameters)
         finally:

@@ -206,6 +206,17 @@ class MetadataSpace(ThinPoolError):
         )
 
 
+@leaf(ExitCode.USAGE)
+class NamesUnusable(ThinPoolError):
+    """A file given with --names that names nothing here."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot take names from {shown_path(self.path)}: {escaped(self.reason)}"
+
+
 @leaf(ExitCode.CONFLICT)
 class PoolReadOnly(ThinPoolError):
     """The pool was opened for reading only, or its metadata is marked as needing a check."""

@@ -17,12 +17,13 @@ class PoolLocation:
     """A pool by its paths. Make one with `directory` or `bare`.
 
     `root` is the pool directory, None for a bare pool (LVM's `_tmeta` and `_tdata`, or two plain files), which has
-    no catalogue, no lock file and no sockets of its own.
+    no catalogue, no lock file and no sockets of its own. `names_path` may tell the names of a bare pool's devices.
     """
 
     metadata_path: Path
     data_path: Path
     root: Path | None
+    names_path: Path | None = None
 
     @classmethod
     def directory(cls, path: Path) -> PoolLocation:
@@ -30,9 +31,9 @@ class PoolLocation:
         return cls(path / "metadata", path / "data", path)
 
     @classmethod
-    def bare(cls, metadata: Path, data: Path) -> PoolLocation:
-        """A pool of two files or block devices."""
-        return cls(metadata, data, None)
+    def bare(cls, metadata: Path, data: Path, names: Path | None = None) -> PoolLocation:
+        """A pool of two files or block devices, and a file that names its devices (`lvm_names.py`)."""
+        return cls(metadata, data, None, names)
 
     def __str__(self) -> str:
         return str(self.root) if self.root is not None else f"{self.metadata_path}+{self.data_path}"
@@ -70,7 +71,8 @@ class PoolLocation:
     def absolute(self) -> PoolLocation:
         """The same place, whatever the working directory becomes."""
         root = None if self.root is None else self.root.absolute()
-        return PoolLocation(self.metadata_path.absolute(), self.data_path.absolute(), root)
+        names = None if self.names_path is None else self.names_path.absolute()
+        return PoolLocation(self.metadata_path.absolute(), self.data_path.absolute(), root, names)
 
     def require(self) -> None:
         """Raise PoolNotFound where nothing is, NotAPool where something else is. Reads no content."""

@@ -109,14 +109,19 @@ def pool_command(*names: str, bare: bool = True) -> Callable[[Function], Callabl
     def decorate(function: Function) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*, words: Sequence[str], **options: Any) -> Any:
-            metadata, data = options.pop("metadata", None), options.pop("data", None)
-            location, given = _split(words, names, metadata, data)
+            bare_paths = [options.pop(key, None) for key in ("metadata", "data", "names")]
+            location, given = _split(words, names, *bare_paths)
             for name, word in zip(names, given, strict=True):
                 options[name.lower()] = word
             return function(location=location, **options)
 
         wrapped: Any = wrapper
         if bare:
+            wrapped = click.option(
+                "--names",
+                metavar="FILE",
+                help="Names of such a pool's devices: vgcfgbackup's output, or lines ID NAME [SIZE].",
+            )(wrapped)
             wrapped = click.option("--data", metavar="PATH", help="Data of a pool without a directory.")(
                 wrapped
             )
@@ -130,7 +135,11 @@ def pool_command(*names: str, bare: bool = True) -> Callable[[Function], Callabl
 
 
 def _split(
-    words: Sequence[str], names: Sequence[str], metadata: str | None, data: str | None
+    words: Sequence[str],
+    names: Sequence[str],
+    metadata: str | None,
+    data: str | None,
+    names_file: str | None,
 ) -> tuple[PoolLocation, Sequence[str]]:
     """Tell the pool from the names. Raises click.UsageError."""
     for word in words:
@@ -141,7 +150,10 @@ def _split(
             raise click.UsageError(message="--metadata and --data go together")
         if len(words) != len(names):
             raise _wrong_number(words, ["(no POOL beside --metadata)", *names])
-        return PoolLocation.bare(Path(metadata), Path(data)), words
+        names_path = None if names_file is None else Path(names_file)
+        return PoolLocation.bare(Path(metadata), Path(data), names_path), words
+    if names_file is not None:
+        raise click.UsageError(message="--names goes with --metadata and --data; a pool directory has names")
     if len(words) == len(names) + 1:
         return PoolLocation.directory(Path(words[0])), words[1:]
     variable = os.environ.get(POOL_VARIABLE)

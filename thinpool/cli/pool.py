@@ -62,16 +62,26 @@ def init_command(
 
 
 @click.command(
-    "status", epilog="\b\nExamples:\n  thinpool status /srv/pool\n  thinpool status /srv/pool --json"
+    "status",
+    epilog="\b\nExamples:\n  thinpool status /srv/pool\n  thinpool status /srv/pool --json\n"
+    "  thinpool status /srv/pool --dm",
 )
 @click.option("-b", "--bytes", "exact", is_flag=True, help="Print sizes in bytes.")
+@click.option("--dm", "as_dm", is_flag=True, help="Print the lines `dmsetup status` would print.")
 @json_option
 @pool_command()
-def status_command(location: PoolLocation, *, exact: bool, as_json: bool) -> None:
+def status_command(location: PoolLocation, *, exact: bool, as_dm: bool, as_json: bool) -> None:
     """Show how full a pool is, its mode, and who serves it."""
     from thinpool.pool_access import PoolAccess
 
     access = PoolAccess(location)
+    if as_dm:
+        lines = access.operate("dm-status", {})["lines"]
+        if as_json:
+            emit_json({"lines": lines})
+        for line in [] if as_json else lines:
+            click.echo(line)
+        return
     status = access.operate("status", {})["status"]
     try:
         server: dict[str, Any] | None = access.server()
