@@ -118,7 +118,7 @@ def application(host: Host) -> Starlette:
         Route("/v1/operations/{name}", _answering(host, operation), methods=["POST"]),
         Route("/v1/disconnect", _answering(host, disconnect), methods=["POST"]),
         Route("/v1/stop", _answering(host, stop), methods=["POST"]),
-        Route("/{rest:path}", _answering(host, _unknown)),
+        Route("/{rest:path}", _answering(host, _unknown), methods=["GET", "POST", "PUT", "DELETE", "PATCH"]),
     ]
     return Starlette(routes=routes)
 

@@ -1,0 +1,111 @@
+"""The catalogue: staged rows follow the superblock's transaction id, whatever was cut; damage is told, not repaired."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from thinpool.catalog import Catalog, CatalogEntry, Drop, Put
+from thinpool.errors import CatalogDamaged, DeviceExists
+
+DISK = CatalogEntry(1, "disk", 1 << 20, False, None, 1.5, {"a": "b"})
+SNAP = CatalogEntry(2, "disk@1", 1 << 20, True, "disk", 2.5, {})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    catalog = Catalog.create(tmp_path / "catalog")
+    catalog.apply([Put(DISK)])
+    catalog.close()
+    return tmp_path / "catalog"
+
+
+def reopened(path: Path, transaction_id: int) -> list[CatalogEntry]:
+    catalog = Catalog.open(path)
+    catalog.recover(transaction_id)
+    entries = sorted(catalog.entries(), key=lambda entry: entry.device_id)
+    catalog.close()
+    return entries
+
+
+def test_rows_survive_and_round_trip(path: Path):
+    assert reopened(path, 0) == [DISK]
+
+
+@pytest.mark.parametrize(("found", "expected"), [(7, [DISK, SNAP]), (6, [DISK]), (8, [DISK]), (0, [DISK])])
+def test_a_cut_between_staging_and_promoting(path: Path, found: int, expected: list[CatalogEntry]):
+    catalog = Catalog.open(path)
+    catalog.stage(7, [Put(SNAP)])
+    assert catalog.by_name("disk@1") is None
+    catalog.close()
+    assert reopened(path, found) == expected
+    assert reopened(path, 7) == expected, "what was dropped stays dropped"
+
+
+def test_promotion_applies_all_changes_of_the_step(path: Path):
+    catalog = Catalog.open(path)
+    catalog.apply([Put(SNAP)])
+    catalog.stage(9, [Drop(1), Put(replace(SNAP, origin=None)), Put(replace(DISK, device_id=3))])
+    catalog.promote(9)
+    assert catalog.by_id(1) is None
+    assert catalog.by_name("disk") == replace(DISK, device_id=3)
+    catalog.close()
+    assert reopened(path, 9) == [replace(SNAP, origin=None), replace(DISK, device_id=3)]
+
+
+def test_discarded_rows_are_gone(path: Path):
+    catalog = Catalog.open(path)
+    catalog.stage(7, [Put(SNAP)])
+    catalog.discard_staged()
+    catalog.close()
+    assert reopened(path, 7) == [DISK]
+
+
+def test_a_name_belongs_to_one_device(path: Path):
+    catalog = Catalog.open(path)
+    with pytest.raises(DeviceExists):
+        catalog.apply([Put(replace(SNAP, name="disk"))])
+    assert catalog.entries() == [DISK]
+    catalog.close()
+
+
+@pytest.mark.parametrize("name", ["a%s{}", "ü" * 100, "'; DROP TABLE device; --", "x" * 255])
+def test_odd_names(path: Path, name: str):
+    catalog = Catalog.open(path)
+    catalog.apply([Put(replace(SNAP, name=name))])
+    catalog.close()
+    assert reopened(path, 0)[1].name == name
+
+
+@pytest.mark.parametrize("content", [b"x", b"x" * 5000, b"SQLite format 3\0" + b"\0" * 5000])
+def test_a_file_that_is_no_catalogue(tmp_path: Path, content: bytes):
+    path = tmp_path / "catalog"
+    path.write_bytes(content)
+    with pytest.raises(CatalogDamaged):
+        Catalog.open(path)
+    assert path.read_bytes() == content
+
+
+def test_flipped_pages_are_noticed_or_harmless(path: Path):
+    raw = bytearray(path.read_bytes())
+    for position in range(100, len(raw), 97):
+        changed = bytearray(raw)
+        changed[position] ^= 0xFF
+        path.write_bytes(changed)
+        try:
+            catalog = Catalog.open(path)
+        except CatalogDamaged:
+            continue
+        assert all(isinstance(entry, CatalogEntry) for entry in catalog.entries())
+        catalog.close()
+
+
+def test_a_creation_cut_short_leaves_an_empty_file_that_is_as_good_as_none(tmp_path: Path):
+    (tmp_path / "catalog").touch()
+    catalog = Catalog.open(tmp_path / "catalog")
+    assert catalog.entries() == []
+    catalog.apply([Put(DISK)])
+    catalog.close()
+    assert reopened(tmp_path / "catalog", 0) == [DISK]
