@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -36,20 +35,23 @@ from thinpool import opening
 from thinpool.catalog import MEMORY, Catalog
 from thinpool.data_file import DataFile
 from thinpool.pool import Pool
+from thinpool.pool_location import PoolLocation
 
 BLOCK_SECTORS = BLOCK_BYTES // SECTOR_BYTES
 # What `before` is told: "metadata read", "data write", ... It may raise OSError, or return how many bytes to do.
 Before = Callable[[str, int], int]
 
 
-@dataclass(frozen=True, slots=True)
-class SimulatedLocation:
-    """What opening a pool asks a `PoolLocation` for."""
+class SimulatedLocation(PoolLocation):
+    """Two files without a directory, and a catalogue all the same."""
 
-    metadata_path: Path
-    data_path: Path
-    has_catalog: bool = True
-    catalog_path: Path = Path("/dev/null")  # something that exists
+    @property
+    def has_catalog(self) -> bool:
+        return True
+
+    @property
+    def catalog_path(self) -> Path:
+        return Path("/dev/null")  # something that exists
 
     def __str__(self) -> str:
         return "simulated pool"
@@ -82,7 +84,7 @@ class SimulatedDisk:
         self.metadata = self._make("metadata", image.metadata)
         self.data = self._make("data", image.data)
         self.location = SimulatedLocation(
-            Path(f"/proc/self/fd/{self.metadata}"), Path(f"/proc/self/fd/{self.data}")
+            Path(f"/proc/self/fd/{self.metadata}"), Path(f"/proc/self/fd/{self.data}"), None
         )
 
     def _make(self, name: str, image: FileImage) -> int:
