@@ -285,31 +285,27 @@ class Session:
         while offset < limit:
             index, inside = divmod(offset, block_bytes)
             piece = min(block_bytes - inside, limit - offset)
-            self.enter()
             try:
                 self._zero_piece(index, inside, piece)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                # Tried again once: where the file system of the pool is full, there are free blocks all the same.
+                if error.errno != errno.ENOSPC or not self.wait_for_space():
                     raise
-                again = True
-            else:
-                again = False
-            finally:
-                self.leave()
-                self.sent()
-            if again:
-                if not self.wait_for_space():
-                    raise OSError(errno.ENOSPC, "no data block is free")
-                continue
+                self._zero_piece(index, inside, piece)
             offset += piece
 
     def _zero_piece(self, index: int, inside: int, length: int) -> None:
         device, file = self.device, self._engine.data
-        if inside == 0 and length == self._engine.block_bytes:
-            entry = device.claim_zeroed(index)
-        else:
-            entry = device.provision(index, inside, NOTHING)
-        file.zero(((entry >> 24) - 1) * self._engine.block_bytes + inside, length)
+        self.enter()
+        try:
+            if inside == 0 and length == self._engine.block_bytes:
+                entry = device.claim_zeroed(index)
+            else:
+                entry = device.provision(index, inside, NOTHING)
+            file.zero(((entry >> 24) - 1) * self._engine.block_bytes + inside, length)
+        finally:
+            self.leave()
+            self.sent()
 
     def cache(self, offset: int, length: int) -> None:
         """Ask the kernel to read mapped ranges ahead."""
