@@ -288,9 +288,9 @@ class Session:
             try:
                 self._zero_piece(index, inside, piece)
             except OSError as error:
-                # Tried again once: where the file system of the pool is full, there are free blocks all the same.
                 if error.errno != errno.ENOSPC or not self.wait_for_space():
                     raise
+                # Once more and no oftener: it may be the file system that is full, where no block of ours helps.
                 self._zero_piece(index, inside, piece)
             offset += piece
 
