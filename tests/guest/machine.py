@@ -193,7 +193,11 @@ class Machine:
                 return
             except GuestDiedError:
                 self._kill()
-        self._start(last)
+        try:
+            self._start(last)
+        except BaseException:
+            self._kill()
+            raise
 
     def _start(self, accelerated_by: str) -> None:
         deadline = time.monotonic() + accelerator.BOOT_SECONDS_MAX[accelerated_by]
@@ -206,17 +210,25 @@ class Machine:
                 stderr=log,
                 start_new_session=True,
             )
-        for path in (self.work / "qmp", self.work / "port"):
-            while not path.exists():
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise self._death("QEMU did not start")
-                time.sleep(POLL_SECONDS)
         self._received = b""
-        self._port = socket.socket(socket.AF_UNIX)
-        self._port.connect(str(self.work / "port"))
-        self._qmp = Qmp(self.work / "qmp")
+        self._port = self._connect(self.work / "port", deadline)
+        self._qmp = Qmp(self._connect(self.work / "qmp", deadline))
         if self._next_line(deadline - time.monotonic()) is None:
             raise self._death("the guest did not boot")
+
+    def _connect(self, path: Path, deadline: float) -> socket.socket:
+        """Connect to a socket of QEMU's, which makes it a moment before it listens."""
+        assert self._process is not None
+        while self._process.poll() is None and time.monotonic() < deadline:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(str(path))
+            except OSError:
+                connection.close()
+                time.sleep(POLL_SECONDS)
+            else:
+                return connection
+        raise self._death("QEMU did not start")
 
     def _command(self, accelerated_by: str) -> list[str]:
         def ninep(name: str, path: Path, *more: str) -> list[str]:

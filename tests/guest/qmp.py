@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 ANSWER_SECONDS_MAX = 30.0
@@ -18,10 +17,9 @@ class QmpError(Exception):
 class Qmp:
     """A connection to a running QEMU."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
         self._socket.settimeout(ANSWER_SECONDS_MAX)
-        self._socket.connect(str(path))
         self._file = self._socket.makefile("rb")
         self._events: list[dict[str, Any]] = []
         self._receive()  # the greeting

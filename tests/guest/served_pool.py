@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -96,3 +96,24 @@ def served_pool(size: str = "2G", *, options: tuple[str, ...] = ()) -> Iterator[
     finally:
         pool.clean_up()
         shutil.rmtree(pool.work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def serving(pool: list[str], directory: Path, *options: str) -> Iterator[Callable[[str], str]]:
+    """Serve a bare pool, given by the options that name it, on a Unix socket; gives the URI of a device."""
+    sock = Path(tempfile.mkdtemp(prefix="tp-")) / "s"
+    command = [sys.executable, "-m", "thinpool", "serve", *pool, "--socket", str(sock), *options]
+    with (directory / "server.log").open("ab") as log:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while not sock.exists():
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{(directory / 'server.log').read_text()}")
+            time.sleep(0.02)
+        yield lambda device: f"nbd+unix:///{device}?socket={sock}"
+    finally:
+        server.terminate()
+        status = server.wait(30)
+        shutil.rmtree(sock.parent, ignore_errors=True)
+    assert status == 0, (directory / "server.log").read_text()
