@@ -1,4 +1,4 @@
-"""Group commit and the once-a-second commit.
+"""Group commit, and the commit that comes by itself.
 
 Flushes that arrive while a commit runs share the next one: a ticket is the number of the first commit that
 starts after the flush was asked for, and whoever finds no commit running carries it out for all that wait.
@@ -7,14 +7,20 @@ starts after the flush was asked for, and whoever finds no commit running carrie
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 COMMIT_SECONDS = 1.0
+# A commit by itself also writes out all data before it. Where that takes long (many first writes to a slow disk), a
+# commit a second would make every write wait for the disk; then they come rarer, up to the five seconds that file
+# systems use. What a client asked to be durable is not touched by this.
+COMMIT_SHARE = 10
+COMMIT_SECONDS_MAX = 5.0
 
 
 class Committer:
-    """Runs `commit` for flushes and, once `touched` is set, by itself within a second; then `reclaim`."""
+    """Runs `commit` for flushes and, after `touched` was set, by itself: after a second, or up to five under load."""
 
     def __init__(self, commit: Callable[[], None], reclaim: Callable[[], object]) -> None:
         self.touched = threading.Event()
@@ -29,7 +35,7 @@ class Committer:
         self._thread: threading.Thread | None = None
 
     def touch(self) -> None:
-        """Something changed that a commit must make durable within a second."""
+        """Something changed that a commit must make durable soon."""
         if not self.touched.is_set():
             self.touched.set()
 
@@ -81,11 +87,15 @@ class Committer:
                 raise failure
 
     def _periodic(self) -> None:
+        pause = COMMIT_SECONDS
         while not self._stopping.is_set():
             self.touched.wait()
-            if self._stopping.wait(COMMIT_SECONDS):
+            if self._stopping.wait(pause):
                 return
             self.touched.clear()
+            began = time.monotonic()
             with suppress(Exception):  # the engine has poisoned the pool and logged why
                 self.flush()
+            took = time.monotonic() - began
+            pause = min(max(COMMIT_SECONDS, took * COMMIT_SHARE), COMMIT_SECONDS_MAX)
             self._reclaim()
