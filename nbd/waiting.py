@@ -8,10 +8,12 @@ lock from its neighbours) and both bounded:
 where
           recent polling was in vain it is tried rarely.
 `gather`  the client has said one thing and is busy reading earlier replies: let it read some of them, and
-more
-          requests will be there for one batch. What it has not read is known to the kernel (SIOCOUTQ); if that is
-          little, the client may be waiting for us and nothing is delayed. Without this, a server that is faster
-          than its client falls into step with it: one request, one reply, two contended system calls each.
+          more requests will be there for one batch. What it has not read is known to the kernel (SIOCOUTQ); if
+          that is little, the client may be waiting for us and nothing is delayed. Without this, a server that is
+          faster than its client falls into step with it: one request, one reply, two contended system calls each.
+
+Polling asks poll(2) with a time-out of 0 and receives once it says yes: a receive that would block raises
+BlockingIOError, and making that exception (with the message in the user's language) costs four such questions.
 
 An idle connection sleeps in poll(2), also on the server's wake-up descriptor, and uses no CPU.
 """
@@ -48,6 +50,8 @@ class Waiting:
         self._spin_seconds = spin_seconds
         self._credit = _CREDIT_MAX // 2
         self._sleeps = 0
+        self._ready = select.poll()
+        self._ready.register(sock, select.POLLIN)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._poll.register(activity.wake_descriptor, select.POLLIN)
@@ -60,13 +64,10 @@ class Waiting:
 
     def receiver(self) -> Receive:
         """Return a function that receives at least one byte, or 0 at the end of the stream."""
-        recv_into, dont_wait, wait = self._socket.recv_into, socket.MSG_DONTWAIT, self._wait
+        recv_into, ready, wait = self._socket.recv_into, self._ready.poll, self._wait
 
         def receive(target: memoryview) -> int:
-            try:
-                return recv_into(target, 0, dont_wait)
-            except BlockingIOError:
-                return wait(target)
+            return recv_into(target) if ready(0) else wait(target)
 
         return receive
 
@@ -74,7 +75,7 @@ class Waiting:
         """Return the same, for use after a batch with short replies: it lets requests gather while that is free."""
         if not self._spin_seconds:
             return self.receiver()
-        recv_into, dont_wait, wait = self._socket.recv_into, socket.MSG_DONTWAIT, self._wait
+        recv_into, ready, wait = self._socket.recv_into, self._ready.poll, self._wait
         descriptor, ioctl = self._socket.fileno(), fcntl.ioctl
         working = self._activity.working
         unread = array.array("i", [0])
@@ -92,13 +93,11 @@ class Waiting:
                         for _ in _PAUSE:
                             pass
                         ioctl(descriptor, termios.TIOCOUTQ, raw)
-            try:
-                count = recv_into(target, 0, dont_wait)
-            except BlockingIOError:
-                at_once = False
-                return wait(target)
-            at_once = True
-            return count
+            if ready(0):
+                at_once = True
+                return recv_into(target)
+            at_once = False
+            return wait(target)
 
         return gather
 
@@ -117,10 +116,7 @@ class Waiting:
                 self._poll.unregister(self._activity.wake_descriptor)  # it stays readable from now on
                 self._wakes = False
             if any(descriptor == self._socket.fileno() for descriptor, _ in ready):
-                try:
-                    return self._socket.recv_into(target, 0, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    continue
+                return self._socket.recv_into(target)
 
     def _may_spin(self) -> bool:
         if self._credit > 0:
@@ -133,14 +129,11 @@ class Waiting:
 
     def _spin(self, target: memoryview) -> int:
         """Poll for a bounded time; -1 where nothing came."""
-        recv_into, dont_wait = self._socket.recv_into, socket.MSG_DONTWAIT
+        ready = self._ready.poll
         end = monotonic() + self._spin_seconds
-        while monotonic() < end:
-            try:
-                received = recv_into(target, 0, dont_wait)
-            except BlockingIOError:
-                continue
-            self._credit = min(self._credit + 1, _CREDIT_MAX)
-            return received
-        self._credit = max(self._credit - 2, -1)
-        return -1
+        while not ready(0):
+            if monotonic() >= end:
+                self._credit = max(self._credit - 2, -1)
+                return -1
+        self._credit = min(self._credit + 1, _CREDIT_MAX)
+        return self._socket.recv_into(target)
