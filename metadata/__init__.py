@@ -3,6 +3,7 @@
 from .checksum import BlockKind
 from .commit import CommitReport, PreparedCommit
 from .devices import DeviceRecord
+from .difference import ABSENT, Difference, differences
 from .dump import dump
 from .errors import (
     AlreadyFormatted,
@@ -38,6 +39,7 @@ from .store import BlockStore, FileStore, MemoryStore
 from .superblock import Superblock
 
 __all__ = [
+    "ABSENT",
     "BLOCK_BYTES",
     "METADATA_BLOCKS_MAX",
     "Affected",
@@ -54,6 +56,7 @@ __all__ = [
     "DeviceExists",
     "DeviceIncomplete",
     "DeviceRecord",
+    "Difference",
     "Fault",
     "FileStore",
     "LeafView",
@@ -78,6 +81,7 @@ __all__ = [
     "UnsupportedPool",
     "Usage",
     "XmlInvalid",
+    "differences",
     "dump",
     "format_pool",
     "pack_mapping",

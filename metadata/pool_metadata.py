@@ -21,6 +21,7 @@ from . import metadata_snapshot
 from .block_cache import CACHED_NODES_DEFAULT, BlockCache
 from .commit import CommitReport, PreparedCommit, encode_commit, write_prepared
 from .devices import DeviceRecord
+from .difference import Difference, differences
 from .errors import (
     ClockExhausted,
     CommitPending,
@@ -267,6 +268,21 @@ class PoolMetadata:
         Nothing may change while the iterator is in use. Raises NoSuchDevice.
         """
         return self._state.mapping.mappings(device_id, max(begin, 0), min(end, KEY_LIMIT))
+
+    def differences(
+        self, old_id: int | None, new_id: int, begin: int = 0, end: int = KEY_LIMIT
+    ) -> Iterator[Difference]:
+        """What two devices map differently, in batches; None is a device without mappings. Shared subtrees are skipped.
+
+        Nothing may change while the iterator is in use. Raises NoSuchDevice, BlockDamaged.
+        """
+        mapping = self._state.mapping
+        old_root = None if old_id is None else mapping.device_root(old_id)
+        return differences(self._state.transaction, old_root, mapping.device_root(new_id), begin, end)
+
+    def device_root(self, device_id: int) -> int:
+        """Metadata block of the root of a device's mapping tree. Raises NoSuchDevice."""
+        return self._state.mapping.device_root(device_id)
 
     def highest_mapped(self, device_id: int) -> int | None:
         """The last mapped thin block of a device, None when nothing is mapped. Raises NoSuchDevice."""

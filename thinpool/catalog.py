@@ -29,12 +29,14 @@ from pathlib import Path
 
 from .catalog_rows import (
     COLUMNS,
+    COLUMNS_COUNT,
     CatalogEntry,
     Change,
     Drop,
     Put,
     device_id_of,
     entry_of,
+    identities_of_first_version,
     row_of,
     staged_row_of,
 )
@@ -44,7 +46,7 @@ __all__ = ["Catalog", "CatalogEntry", "Change", "Drop", "Put"]
 
 MEMORY = ":memory:"
 APPLICATION_ID = 0x74686E70  # "thnp", in the SQLite header: file(1) and we tell it from other databases
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_SECONDS = 5.0
 HEADER = struct.Struct(
     ">68sI28x"
@@ -53,14 +55,18 @@ assert HEADER.size == 100
 SCHEMA = """
 CREATE TABLE device (
     device_id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
-    read_only INTEGER NOT NULL, origin TEXT, created REAL NOT NULL, tags TEXT NOT NULL
+    read_only INTEGER NOT NULL, origin TEXT, created REAL NOT NULL, tags TEXT NOT NULL,
+    uuid TEXT, content_id TEXT, receiving TEXT
 ) STRICT;
 CREATE TABLE staged (
     sequence INTEGER PRIMARY KEY, transaction_id TEXT NOT NULL, device_id INTEGER NOT NULL, dropped INTEGER NOT NULL,
-    name TEXT, size_bytes INTEGER, read_only INTEGER, origin TEXT, created REAL, tags TEXT
+    name TEXT, size_bytes INTEGER, read_only INTEGER, origin TEXT, created REAL, tags TEXT,
+    uuid TEXT, content_id TEXT, receiving TEXT
 ) STRICT;
 CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
+PLACES = ", ".join(["?"] * COLUMNS_COUNT)
+STAGED_PLACES = f"?, ?, {PLACES}"
 
 
 class Catalog:
@@ -134,7 +140,7 @@ class Catalog:
         with self._transaction():
             self._connection.execute("DELETE FROM staged")
             self._connection.executemany(
-                "INSERT INTO staged VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO staged VALUES (NULL, {STAGED_PLACES})",  # noqa: S608
                 [staged_row_of(transaction_id, change) for change in changes],
             )
 
@@ -185,7 +191,7 @@ class Catalog:
         with self._transaction():
             self._connection.executemany("DELETE FROM device WHERE device_id = ?", [(key,) for key in final])
             self._connection.executemany(
-                "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO device VALUES ({PLACES})",  # noqa: S608
                 [row_of(change.entry) for change in final.values() if isinstance(change, Put)],
             )
             if forget_staged:
@@ -232,8 +238,26 @@ class Catalog:
         if found != "ok":
             raise CatalogDamaged(self._path, str(found))
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == 1:
+            self._take_over_first_version()
+            version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise CatalogDamaged(self._path, f"its version is {version}, this program knows {SCHEMA_VERSION}")
+
+    def _take_over_first_version(self) -> None:
+        """Give the rows of version 1 identities, in one transaction: a kill leaves version 1 or version 2."""
+        with self._transaction():
+            for table in ("device", "staged"):
+                for column in ("uuid", "content_id", "receiving"):
+                    self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
+                rows = self._connection.execute(
+                    f"SELECT rowid, device_id, name, read_only, created FROM {table} WHERE name IS NOT NULL"  # noqa: S608
+                ).fetchall()
+                self._connection.executemany(
+                    f"UPDATE {table} SET uuid = ?, content_id = ? WHERE rowid = ?",  # noqa: S608
+                    [(*identities_of_first_version(row[1:]), row[0]) for row in rows],
+                )
+            self._connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _load(self) -> None:
         rows = self._connection.execute(f"SELECT {COLUMNS} FROM device").fetchall()  # noqa: S608

@@ -6,16 +6,24 @@ In: the entry, the two kinds of change, their columns in SQLite. Out: the databa
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-COLUMNS = "device_id, name, size_bytes, read_only, origin, created, tags"
+from .content_identity import derived_identity, frozen_content_id, new_identity
+
+COLUMNS = "device_id, name, size_bytes, read_only, origin, created, tags, uuid, content_id, receiving"
+COLUMNS_COUNT = COLUMNS.count(",") + 1
 CREATED_SECONDS_MAX = 253402300800  # the year 10000, where datetime ends
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """One device as the catalogue knows it. `origin` is a name; whoever renames puts the dependants anew as well."""
+    """One device as the catalogue knows it. `origin` is a name; whoever renames puts the dependants anew as well.
+
+    `content_id` is None where the content may have changed since it had one (`content_identity.py`). `receiving` is
+    None for every device that is whole; otherwise it is the JSON of how far receiving it got.
+    """
 
     device_id: int
     name: str
@@ -24,6 +32,9 @@ class CatalogEntry:
     origin: str | None
     created: float  # seconds since the epoch; for people only, nothing is ordered by it
     tags: dict[str, str] = field(default_factory=dict)
+    uuid: str = field(default_factory=new_identity)
+    content_id: str | None = None
+    receiving: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,9 @@ def row_of(entry: CatalogEntry) -> tuple[object, ...]:
         entry.origin,
         float(entry.created),
         json.dumps(entry.tags, sort_keys=True),
+        entry.uuid,
+        entry.content_id,
+        entry.receiving,
     )
 
 
@@ -65,14 +79,14 @@ def staged_row_of(transaction_id: int, change: Change) -> tuple[object, ...]:
     """Return the columns of a staged row, after its sequence number."""
     # Transaction ids have 64 unsigned bits and SQLite's integers 63: kept as text.
     if isinstance(change, Drop):
-        return (str(transaction_id), change.device_id, 1, None, None, None, None, None, None)
+        return (str(transaction_id), change.device_id, 1, *[None] * (COLUMNS_COUNT - 1))
     device_id, *rest = row_of(change.entry)
     return (str(transaction_id), device_id, 0, *rest)
 
 
 def entry_of(row: Sequence[object]) -> CatalogEntry:
     """Return the entry a row holds. Raises TypeError, ValueError for rows that make no sense."""
-    device_id, name, size_bytes, read_only, origin, created, tags = row
+    device_id, name, size_bytes, read_only, origin, created, tags, device_uuid, content_id, receiving = row
     decoded = json.loads(str(tags))
     if not isinstance(device_id, int) or not isinstance(size_bytes, int) or not isinstance(decoded, dict):
         raise TypeError("wrong column type")  # noqa: TRY003, EM101 -- becomes CatalogDamaged
@@ -87,4 +101,14 @@ def entry_of(row: Sequence[object]) -> CatalogEntry:
         origin=None if origin is None else str(origin),
         created=created_seconds,
         tags={str(key): str(value) for key, value in decoded.items()},
+        uuid=str(uuid.UUID(str(device_uuid))),
+        content_id=None if content_id is None else str(uuid.UUID(str(content_id))),
+        receiving=None if receiving is None else str(receiving),
     )
+
+
+def identities_of_first_version(row: Sequence[object]) -> tuple[str, str | None]:
+    """The uuid and content id of a row of version 1 (device_id, name, read_only, created), which had neither."""
+    device_id, name, read_only, created = row
+    device_uuid = derived_identity("version 1", device_id, name, created)
+    return device_uuid, frozen_content_id(device_uuid, read_only=bool(read_only))

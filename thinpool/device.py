@@ -18,7 +18,7 @@ from bitarray import bitarray
 from metadata import MetadataError, MetadataFull
 
 from .block_map import CHUNK_BLOCKS, MAPPED, TIME, UNMAPPED, BlockMap, Leaves, entry_of
-from .delta import changed_ranges
+from .delta import dirty_extents
 from .extents import HOLE, ExtentList
 from .free_map import zeroed_bits
 from .session import Session
@@ -307,7 +307,7 @@ class ThinDevice:
                 self.apply_pending()
             with self.engine.tree:
                 devices = (base, self.device_id)
-                return changed_ranges(self.engine.metadata, devices, self.block_bytes, offset, length)
+                return dirty_extents(self.engine.metadata, devices, self.block_bytes, offset, length)
 
     def take_point_in_time(self, device_id: int) -> None:
         """Make device `device_id` a snapshot of this one as it is now; the transaction is held.

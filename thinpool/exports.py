@@ -61,13 +61,14 @@ class PoolExports:
 
     def listing(self) -> Iterator[tuple[str, str]]:
         """(name, description) of every device, by name."""
-        for entry in sorted(self._pool.catalog.entries(), key=lambda entry: entry.name):
+        whole = [entry for entry in self._pool.catalog.entries() if entry.receiving is None]
+        for entry in sorted(whole, key=lambda entry: entry.name):
             yield entry.name, DeviceExport(self._pool, entry).description
 
     def find(self, name: str) -> DeviceExport | None:
         """The export of a name, None where there is no such device."""
         if not name:
-            entries = self._pool.catalog.entries()
+            entries = [entry for entry in self._pool.catalog.entries() if entry.receiving is None]
             name = self._default or (entries[0].name if len(entries) == 1 else "")
         entry = self._pool.catalog.by_name(name) if name else None
-        return None if entry is None else DeviceExport(self._pool, entry)
+        return None if entry is None or entry.receiving is not None else DeviceExport(self._pool, entry)

@@ -12,11 +12,13 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from metadata import FileStore, MetadataError, NotPoolMetadata, PoolMetadata, format_pool
 
 from .catalog import Catalog, CatalogEntry, Drop, Put
+from .content_identity import frozen_content_id, identity_of_unnamed
 from .data_file import DataFile
 from .engine import Engine
 from .errors import BadSize, NotAPool, PoolDamaged, PoolExists, PoolNotFound
@@ -133,7 +135,7 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
         data = DataFile(
             location.data_path,
             block_bytes=metadata.data_block_sectors * SECTOR_BYTES,
-            blocks=metadata.data_blocks,
+            blocks=0 if location.metadata_only and read_only else metadata.data_blocks,
             writable=writable,
         )
     except BaseException:
@@ -205,7 +207,8 @@ def _reconcile(catalog: Catalog, metadata: PoolMetadata, block_bytes: int) -> No
         name = next(candidate for candidate in candidates if candidate not in names)
         names.add(name)
         size_bytes = _length_found(metadata, device_id, block_bytes)
-        changes.append(Put(CatalogEntry(device_id, name, size_bytes, False, None, time.time(), {})))
+        found = identity_of_unnamed(metadata, device_id)
+        changes.append(Put(CatalogEntry(device_id, name, size_bytes, False, None, time.time(), uuid=found)))
     if changes:
         catalog.apply(changes)
 
@@ -217,13 +220,10 @@ def _take_names(catalog: Catalog, metadata: PoolMetadata, path: Path, block_byte
     changes = []
     for device in read_names(path, present):
         size_bytes = device.size_bytes or _length_found(metadata, device.device_id, block_bytes)
-        changes.append(
-            Put(
-                CatalogEntry(
-                    device.device_id, device.name, size_bytes, device.read_only, device.origin, now, {}
-                )
-            )
-        )
+        entry = CatalogEntry(device.device_id, device.name, size_bytes, device.read_only, device.origin, now)
+        found = identity_of_unnamed(metadata, device.device_id)
+        content_id = frozen_content_id(found, read_only=device.read_only)
+        changes.append(Put(replace(entry, uuid=found, content_id=content_id)))
     catalog.apply(changes)
 
 

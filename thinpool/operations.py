@@ -24,6 +24,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .catalog import Catalog
+    from .device_diff import DiffPage
     from .status import DeviceInfo, PoolStatus
 
 METADATA_BLOCK_BYTES = 4096
@@ -68,6 +69,9 @@ class OperatedPool(Protocol):
 
     def dm_status(self) -> list[str]:
         """Describe the pool as `dmsetup status` would."""
+
+    def diff(self, old: str, new: str, begin_bytes: int) -> DiffPage:
+        """Compare two devices from an offset on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,10 @@ def _list(pool: OperatedPool, _: Parameters) -> Result:
     return {"devices": [device.to_json() for device in pool.devices()]}
 
 
+def _diff(pool: OperatedPool, given: Parameters) -> Result:
+    return pool.diff(given["old"], given["new"], given.get("begin_bytes", 0)).to_json()
+
+
 def _commit(pool: OperatedPool, _: Parameters) -> Result:
     pool.commit()
     return {}
@@ -162,6 +170,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "status": Operation(_status, {}, looks_only=True),
     "dm-status": Operation(_dm_status, {}, looks_only=True),
     "list": Operation(_list, {}, looks_only=True),
+    "diff": Operation(
+        _diff, {"old": TEXT, "new": TEXT, "begin_bytes": Parameter((int,), required=False)}, looks_only=True
+    ),
 }
 
 

@@ -24,10 +24,12 @@ from dataclasses import replace
 from metadata import PoolMetadata
 
 from .catalog import Catalog, CatalogEntry, Drop, Put
+from .content_identity import new_identity
 from .device import ThinDevice
+from .device_diff import DiffPage, compare
 from .dm_status import DmDevice, device_line, pool_line
 from .engine import Engine
-from .errors import BadSize, DeviceExists, DeviceInUse, NoSuchDevice
+from .errors import BadSize, DeviceExists, DeviceInUse, DeviceReceiving, NoSuchDevice
 from .names import check_name
 from .pool_location import PoolLocation
 from .session import Session
@@ -96,6 +98,8 @@ class Pool:
         entry = self.catalog.by_name(name)
         if entry is None:
             raise NoSuchDevice(name, str(self.location))
+        if entry.receiving is not None:
+            raise DeviceReceiving(name)
         return entry
 
     def _new_name(self, name: str) -> None:
@@ -134,6 +138,7 @@ class Pool:
             source = self._entry(origin)
             self._new_name(name)
             entry = CatalogEntry(self._new_id(), name, source.size_bytes, read_only, origin, time.time(), {})
+            entry = replace(entry, content_id=source.content_id or new_identity())
             with self._step([Put(entry)]):
                 self._device(source).take_point_in_time(entry.device_id)
             return self.info(name)
@@ -201,7 +206,7 @@ class Pool:
         # What the last block holds past the new end stays: zeroing it now would not be one step with the new size.
         # `_lengthen` clears it before anybody can see it again.
         end = -(-size_bytes // self.block_bytes)
-        with self._step([Put(replace(entry, size_bytes=size_bytes))]):
+        with self._step([Put(_resized(entry, size_bytes))]):
             self._device(entry).unmap(end, max(end, -(-entry.size_bytes // self.block_bytes)))
 
     def _lengthen(self, entry: CatalogEntry, size_bytes: int) -> None:
@@ -209,7 +214,7 @@ class Pool:
         device = self.engine.devices.get(entry.device_id)
         if device is not None and device.sessions and not device.extend(size_bytes):
             raise DeviceInUse(entry.name, len(device.sessions))
-        self.catalog.apply([Put(replace(entry, size_bytes=size_bytes))])
+        self.catalog.apply([Put(_resized(entry, size_bytes))])
 
     def _clear_past_end(self, entry: CatalogEntry) -> None:
         """Zeros, durably, between the end of a device and the end of its last block."""
@@ -239,13 +244,16 @@ class Pool:
             fresh = CatalogEntry(
                 self._new_id(), name, source.size_bytes, entry.read_only, snapshot, entry.created, entry.tags
             )
+            fresh = replace(fresh, uuid=entry.uuid, content_id=source.content_id)
             changes: list[Put | Drop] = []
             if keep is False:
                 changes = [Drop(entry.device_id), *self._reparented(name, name)]
             else:
                 kept = keep if isinstance(keep, str) else self._kept_name(name)
                 self._new_name(kept)
-                changes = [Put(replace(entry, name=kept, read_only=True))]
+                content_id = entry.content_id or new_identity()
+                prior = replace(entry, name=kept, read_only=True, uuid=new_identity(), content_id=content_id)
+                changes = [Put(prior)]
             # In a transaction of its own there is always room for the deletion.
             self.engine.commit()
             with self._step([*changes, Put(fresh)]):
@@ -335,6 +343,12 @@ class Pool:
             present = self.catalog.by_name(entry.name)
             if self._closed or present is None or present.device_id != entry.device_id:
                 raise NoSuchDevice(entry.name, str(self.location))
+            if present.receiving is not None:
+                raise DeviceReceiving(entry.name)
+            if present.content_id is not None and not present.read_only and self.writable:
+                # From here on the client may write. On disk before it can: no changed device passes for a base.
+                present = replace(present, content_id=None)
+                self.catalog.apply([Put(present)])
             device = self._device(present)
             device.contexts = self.relatives(present)
             return device.open()
@@ -349,7 +363,8 @@ class Pool:
         kin = [
             other
             for other in others
-            if other.name == entry.origin or (other.origin in names and other.origin)
+            if other.receiving is None
+            and (other.name == entry.origin or (other.origin in names and other.origin))
         ]
         return {other.name: other.device_id for other in sorted(kin, key=lambda other: -other.device_id)}
 
@@ -381,6 +396,9 @@ class Pool:
             created=created.isoformat(timespec="seconds"),
             read_only=entry.read_only,
             open_count=len(device.sessions) if device is not None else 0,
+            uuid=entry.uuid,
+            content_id=entry.content_id,
+            receiving=entry.receiving is not None,
         )
 
     def status(self) -> PoolStatus:
@@ -412,6 +430,15 @@ class Pool:
                 failure=None if engine.failure is None else str(engine.failure),
             )
 
+    def diff(self, old: str, new: str, begin_bytes: int = 0) -> DiffPage:
+        """What changed from one device to another, from an offset on. Raises NoSuchDevice, MetadataError."""
+        with self.engine.transaction:
+            entries = self._entry(old), self._entry(new)
+            if self.writable:
+                self.engine.collect()
+            with self.engine.tree:
+                return compare(self._metadata, *entries, self.block_bytes, begin_bytes)
+
     def dm_status(self) -> list[str]:
         """What `dmsetup status` would print: a line for the pool, then one for each device, by name."""
         with self.engine.transaction:
@@ -433,6 +460,12 @@ class Pool:
         if self._metadata.data_blocks_allocated >= self._metadata.data_blocks:
             return "out_of_data_space"
         return "rw" if self.engine.can_map else "out_of_metadata_space"
+
+
+def _resized(entry: CatalogEntry, size_bytes: int) -> CatalogEntry:
+    if size_bytes == entry.size_bytes:
+        return entry
+    return replace(entry, size_bytes=size_bytes, content_id=new_identity() if entry.read_only else None)
 
 
 def _check_device_size(size_bytes: int) -> None:

@@ -50,6 +50,19 @@ class DeviceReadOnly(ThinPoolError):
         return f"device {quoted(self.name)} is read-only"
 
 
+@leaf(ExitCode.CONFLICT)
+class DeviceReceiving(ThinPoolError):
+    """The device is half received: it has a name only so that it can be finished or dropped."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"device {quoted(self.name)} is being received and not whole yet; finish it with "
+            "`thinpool send --resume TOKEN`, or drop it with `thinpool receive --abort`"
+        )
+
+
 @leaf(ExitCode.USAGE)
 class BadName(ThinPoolError):
     """A name outside the rules of `names.py`; `reason` completes "a device name ..."."""

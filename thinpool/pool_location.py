@@ -5,6 +5,7 @@ In: paths, and whether they look like a pool at all. Out: opening anything (`ope
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,14 @@ class PoolLocation:
         return cls(metadata, data, None, names)
 
     def __str__(self) -> str:
-        return str(self.root) if self.root is not None else f"{self.metadata_path}+{self.data_path}"
+        if self.root is not None:
+            return str(self.root)
+        return str(self.metadata_path) if self.metadata_only else f"{self.metadata_path}+{self.data_path}"
+
+    @property
+    def metadata_only(self) -> bool:
+        """Whether only the mappings are there to look at: `--metadata` without `--data`."""
+        return self.root is None and self.data_path == Path(os.devnull)
 
     @property
     def has_catalog(self) -> bool:

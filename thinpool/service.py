@@ -198,7 +198,7 @@ class Service:
 
     def describe(self) -> dict[str, Any]:
         """Who serves what, as JSON."""
-        names = [entry.name for entry in self.pool.catalog.entries()]
+        names = [entry.name for entry in self.pool.catalog.entries() if entry.receiving is None]
         connections = [
             {
                 "peer": info.peer,

@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One thin device. `mapped = exclusive + shared`; deleting it frees `exclusive_bytes`."""
+    """One thin device. `mapped = exclusive + shared`; deleting it frees `exclusive_bytes`.
+
+    `content_id` is None where the content may have changed since it had one (see `content_identity.py`).
+    """
 
     name: str
     device_id: int
@@ -20,6 +23,9 @@ class DeviceInfo:
     created: str  # ISO 8601, UTC
     read_only: bool
     open_count: int
+    uuid: str
+    content_id: str | None
+    receiving: bool
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object, sizes as integers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +110,59 @@ def test_a_creation_cut_short_leaves_an_empty_file_that_is_as_good_as_none(tmp_p
     catalog.apply([Put(DISK)])
     catalog.close()
     assert reopened(tmp_path / "catalog", 0) == [DISK]
+
+
+FIRST_VERSION = """
+CREATE TABLE device (
+    device_id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
+    read_only INTEGER NOT NULL, origin TEXT, created REAL NOT NULL, tags TEXT NOT NULL
+) STRICT;
+CREATE TABLE staged (
+    sequence INTEGER PRIMARY KEY, transaction_id TEXT NOT NULL, device_id INTEGER NOT NULL, dropped INTEGER NOT NULL,
+    name TEXT, size_bytes INTEGER, read_only INTEGER, origin TEXT, created REAL, tags TEXT
+) STRICT;
+CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+INSERT INTO device VALUES (1, 'disk', 1048576, 0, NULL, 1.5, '{"a": "b"}');
+INSERT INTO device VALUES (2, 'disk@1', 1048576, 1, 'disk', 2.5, '{}');
+INSERT INTO staged VALUES (1, '7', 3, 0, 'disk@2', 1048576, 1, 'disk', 3.5, '{}');
+INSERT INTO staged VALUES (2, '7', 1, 1, NULL, NULL, NULL, NULL, NULL, NULL);
+PRAGMA application_id=1953001072;
+PRAGMA user_version=1;
+"""
+
+
+def first_version(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(FIRST_VERSION)
+    connection.close()
+
+
+def test_a_catalogue_of_the_first_version_is_taken_over(tmp_path: Path):
+    path = tmp_path / "catalog"
+    first_version(path)
+    before = path.read_bytes()
+    looked = Catalog.open(path, writable=False)
+    seen = looked.entries()
+    looked.close()
+    assert path.read_bytes() == before, "who only looks changes nothing"
+    assert [entry.name for entry in reopened(path, 0)] == ["disk", "disk@1"]
+    assert reopened(path, 0) == seen, "the identities that were seen are the ones that stay"
+    assert seen[0].content_id is None, "a writable device may have changed"
+    assert seen[1].content_id is not None
+    assert len({seen[0].uuid, seen[1].uuid, seen[1].content_id}) == 3
+
+
+def test_what_the_first_version_had_staged_is_promoted(tmp_path: Path):
+    path = tmp_path / "catalog"
+    first_version(path)
+    entries = reopened(path, 7)
+    assert [entry.name for entry in entries] == ["disk@1", "disk@2"]
+    assert entries[1].content_id is not None
+
+
+def test_how_far_receiving_got_is_kept(path: Path):
+    half = replace(SNAP, receiving='{"position_bytes": 5}', content_id=None)
+    catalog = Catalog.open(path)
+    catalog.stage(3, [Put(half)])
+    catalog.close()
+    assert reopened(path, 3) == [DISK, half]

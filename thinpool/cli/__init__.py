@@ -31,6 +31,7 @@ COMMANDS = {
     "rename": "devices",
     "resize": "devices",
     "rollback": "devices",
+    "diff": "diffing",
     "serve": "serving",
     "stop": "serving",
     "attach": "attaching",

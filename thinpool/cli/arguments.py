@@ -100,16 +100,21 @@ def json_option(function: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(function)
 
 
-def pool_command(*names: str, bare: bool = True) -> Callable[[Function], Callable[..., Any]]:
+def pool_command(
+    *names: str, bare: bool = True, data_needed: bool = True
+) -> Callable[[Function], Callable[..., Any]]:
     """Add the pool and `names` as arguments; the function gets `location` and each name in lower case.
 
-    `bare`: the command also works with `--metadata X --data Y` in place of a pool directory.
+    `bare`: the command also works with `--metadata X --data Y` in place of a pool directory. Without `data_needed`,
+    `--metadata X` alone will do.
     """
 
     def decorate(function: Function) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*, words: Sequence[str], **options: Any) -> Any:
             bare_paths = [options.pop(key, None) for key in ("metadata", "data", "names")]
+            if not data_needed and bare_paths[0] is not None and bare_paths[1] is None:
+                bare_paths[1] = os.devnull
             location, given = _split(words, names, *bare_paths)
             for name, word in zip(names, given, strict=True):
                 options[name.lower()] = word

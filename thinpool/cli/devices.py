@@ -95,7 +95,7 @@ def _row(device: Mapping[str, Any], *, exact: bool) -> list[str]:
         *(size_text(int(device[key]), exact=exact) for key in sizes),
         str(device["origin"] or "-"),
         str(device["created"]),
-        "ro" if device["read_only"] else "rw",
+        "receiving" if device["receiving"] else "ro" if device["read_only"] else "rw",
         str(device["open_count"]),
     ]
 
