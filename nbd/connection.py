@@ -239,7 +239,8 @@ class Connection:
         self._socket.settimeout(None)
         link: PlainLink | TlsLink
         if isinstance(self._socket, ssl.SSLSocket):
-            link = TlsLink(self._socket, services.activity, terms.session.sent)
+            spin = limits.spin_seconds
+            link = TlsLink(self._socket, services.activity, terms.session.sent, spin_seconds=spin)
         else:
             stall = limits.send_stall_seconds
             timeout = _TIMEVAL.pack(int(stall), int(stall % 1 * 1_000_000))

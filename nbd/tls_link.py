@@ -1,4 +1,10 @@
-"""The byte stream under TLS. Data pass through user space, so the session hands out private copies (`Link.copies`)."""
+"""The byte stream under TLS. Data pass through user space, so the session hands out private copies (`Link.copies`).
+
+A TLS record holds what the client sent in one piece, so a request and its payload come as two, and each takes a
+receive of its own. Records that have arrived are received together as far as there is room: they make one batch
+with one reply. The socket does not block, because a readable one may hold half a record, or one without data (a
+change of keys): neither may keep what is here from being answered, or a stopping server from being noticed.
+"""
 
 import select
 import ssl
@@ -8,6 +14,9 @@ from .activity import Activity
 from .device import Buffer
 from .limits import KIB
 from .link import remainder
+from .waiting import Waiting
+
+_RECORD_BYTES_MAX = 16 * KIB  # RFC 8446, section 5.1
 
 
 class TlsLink:
@@ -16,50 +25,67 @@ class TlsLink:
     copies: bool = True
     fast_read_max: int = 256 * KIB
 
-    def __init__(self, sock: ssl.SSLSocket, activity: Activity, release: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        sock: ssl.SSLSocket,
+        activity: Activity,
+        release: Callable[[], None],
+        *,
+        spin_seconds: float,
+    ) -> None:
         self._socket = sock
-        self._activity = activity
         self._release = release
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
-        self._poll.register(activity.wake_descriptor, select.POLLIN)
-        self._wakes = True
+        self._waiting = Waiting(sock, activity, spin_seconds)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
         self.receive: Callable[[memoryview], int] = self._receive
         self.gather: Callable[[memoryview], int] = self._receive
         self.send_some: Callable[[list[Buffer]], int] = self._send_some
-        activity.working.add(self)
+        sock.setblocking(False)
 
     def close(self) -> None:
         """Take the connection out of the server's account; the socket is the caller's."""
-        self._activity.working.discard(self)
+        self._waiting.close()
 
     def _receive(self, target: memoryview) -> int:
-        if not self._socket.pending():
-            self._sleep()
-        return self._socket.recv_into(target)
-
-    def _sleep(self) -> None:
-        """Wait for the socket alone or for the server's wake-up, which is noticed once."""
-        working = self._activity.working
-        working.discard(self)
+        recv_into, pending, readable = self._socket.recv_into, self._socket.pending, self._waiting.readable
+        if not pending():
+            self._waiting.wait()
+        count = 0
         while True:
-            ready = self._poll.poll()
-            if self._wakes and self._activity.stopping:
-                self._poll.unregister(self._activity.wake_descriptor)
-                self._wakes = False
-            if any(descriptor == self._socket.fileno() for descriptor, _ in ready):
-                break
-        working.add(self)
+            try:
+                got = recv_into(target[count:])
+            except ssl.SSLWantReadError:
+                if count:
+                    return count
+                self._waiting.wait()
+                continue
+            except ssl.SSLWantWriteError:
+                self._writable.poll()
+                continue
+            count += got
+            if not got or len(target) - count < _RECORD_BYTES_MAX or not (pending() or readable()):
+                return count
 
     def _send_some(self, parts: list[Buffer]) -> int:
         self._release()
         data = b"".join(parts)  # one record stream instead of a record per header
-        self._socket.sendall(data)
+        self._send(data)
         return len(data)
+
+    def _send(self, data: bytes) -> None:
+        done, view = 0, memoryview(data)
+        while done < len(data):
+            try:
+                done += self._socket.send(view[done:])
+            except ssl.SSLWantWriteError:
+                self._writable.poll()
+            except ssl.SSLWantReadError:
+                self._waiting.wait()
 
     def finish(self, parts: Sequence[Buffer], sent: int, release: Callable[[], None]) -> None:
         """Send the rest of `parts`; raises OSError."""
         release()
         rest = remainder(parts, sent)
         if rest:
-            self._socket.sendall(b"".join(rest))
+            self._send(b"".join(rest))

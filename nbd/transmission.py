@@ -116,7 +116,7 @@ def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
             # A large write is received to its end and no further, so that what follows need not be moved.
             if need > SELF_DONE_BYTES_MAX:
                 count = receive(view[have : pos + need])
-            elif total <= _SHORT_REPLIES_BYTES_MAX:
+            elif need == head and total <= _SHORT_REPLIES_BYTES_MAX:
                 count = gather(view[have:])
             else:
                 count = receive(view[have:])

@@ -67,9 +67,20 @@ class Waiting:
         recv_into, ready, wait = self._socket.recv_into, self._ready.poll, self._wait
 
         def receive(target: memoryview) -> int:
-            return recv_into(target) if ready(0) else wait(target)
+            if not ready(0):
+                wait()
+            return recv_into(target)
 
         return receive
+
+    def readable(self) -> bool:
+        """Tell whether a receive would find something, without waiting."""
+        return bool(self._ready.poll(0))
+
+    def wait(self) -> None:
+        """Return when a receive would find something."""
+        if not self._ready.poll(0):
+            self._wait()
 
     def gatherer(self) -> Receive:
         """Return the same, for use after a batch with short replies: it lets requests gather while that is free."""
@@ -93,21 +104,18 @@ class Waiting:
                         for _ in _PAUSE:
                             pass
                         ioctl(descriptor, termios.TIOCOUTQ, raw)
-            if ready(0):
-                at_once = True
-                return recv_into(target)
-            at_once = False
-            return wait(target)
+            at_once = bool(ready(0))
+            if not at_once:
+                wait()
+            return recv_into(target)
 
         return gather
 
-    def _wait(self, target: memoryview) -> int:
+    def _wait(self) -> None:
         """Poll if that promises something, then sleep."""
         working = self._activity.working
-        if self._spin_seconds and len(working) <= 1 and self._may_spin():
-            received = self._spin(target)
-            if received >= 0:
-                return received
+        if self._spin_seconds and len(working) <= 1 and self._may_spin() and self._spin():
+            return
         while True:
             working.discard(self)
             ready = self._poll.poll()
@@ -116,7 +124,7 @@ class Waiting:
                 self._poll.unregister(self._activity.wake_descriptor)  # it stays readable from now on
                 self._wakes = False
             if any(descriptor == self._socket.fileno() for descriptor, _ in ready):
-                return self._socket.recv_into(target)
+                return
 
     def _may_spin(self) -> bool:
         if self._credit > 0:
@@ -127,13 +135,13 @@ class Waiting:
             return True
         return False
 
-    def _spin(self, target: memoryview) -> int:
-        """Poll for a bounded time; -1 where nothing came."""
+    def _spin(self) -> bool:
+        """Poll for a bounded time; tell whether something came."""
         ready = self._ready.poll
         end = monotonic() + self._spin_seconds
         while not ready(0):
             if monotonic() >= end:
                 self._credit = max(self._credit - 2, -1)
-                return -1
+                return False
         self._credit = min(self._credit + 1, _CREDIT_MAX)
-        return self._socket.recv_into(target)
+        return True

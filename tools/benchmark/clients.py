@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -39,9 +40,15 @@ class Figures:
         return self.transferred_bytes / self.seconds / 1e6
 
 
-def _run(command: list[str], *, timeout: float = 900) -> str:
+def _run(command: list[str], *, timeout: float = 900, home: Path | None = None) -> str:
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=None if home is None else {**os.environ, "HOME": str(home)},
     )
     if done.returncode != 0:
         message = (
@@ -51,12 +58,17 @@ def _run(command: list[str], *, timeout: float = 900) -> str:
     return done.stdout
 
 
-def fio(uri: str, options: tuple[str, ...], size_bytes: int, seconds: float | None) -> Figures:
-    """Run fio's nbd engine: for a time, or (``seconds`` None) one pass over the device."""
+def fio(
+    uri: str, options: tuple[str, ...], size_bytes: int, seconds: float | None, home: Path | None = None
+) -> Figures:
+    """Run fio's nbd engine: for a time, or (``seconds`` None) one pass over the device.
+
+    ``home`` is where libnbd looks for certificates: fio passes a URI on and nothing else.
+    """
     timing = [f"--runtime={seconds:g}s", "--time_based"] if seconds is not None else []
     command = ["fio", "--name=cell", "--thread", "--ioengine=nbd", f"--uri={uri}", f"--size={size_bytes}"]
     command += ["--randrepeat=0", "--group_reporting", "--output-format=json", *options, *timing]
-    text = _run(command)
+    text = _run(command, home=home)
     job = json.loads(text[text.index("{") :])["jobs"][0]
     if job["error"]:
         message = f"fio reports error {job['error']}"
@@ -122,7 +134,9 @@ def qemu_img_bench(uri: str, size_bytes: int, seconds: float, *, write: bool) ->
     return Figures(count, count * 4096, float(found.group(1)))
 
 
-def run(workload: Workload, uri: str, *, size_bytes: int, seconds: float, source: Path) -> Figures:
+def run(
+    workload: Workload, uri: str, *, size_bytes: int, seconds: float, source: Path, home: Path | None = None
+) -> Figures:
     """Run the client of one workload against one export. ``source`` is a file to copy in, of the export's size."""
     if workload.client is Client.NBDCOPY_OUT:
         return nbdcopy(uri, "null:", size_bytes)
@@ -134,4 +148,4 @@ def run(workload: Workload, uri: str, *, size_bytes: int, seconds: float, source
     if workload.first_touch:
         replayed = first_touch_list(source.with_suffix(".iolog"), size_bytes)
         options = (*options, f"--read_iolog={replayed}", "--replay_no_stall=1")
-    return fio(uri, options, size_bytes, None if workload.one_pass else seconds)
+    return fio(uri, options, size_bytes, None if workload.one_pass else seconds, home)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from . import clients
+from .certificates import Certificates
 from .own_server import OwnServer
 from .servers import PEERS, Server, ServerFailedError
-from .workloads import OURS, Client, Workload
+from .workloads import OURS, Client, State, Workload
 
 FAILURES = (clients.ClientFailedError, ServerFailedError, subprocess.SubprocessError, OSError)
 
@@ -85,6 +86,7 @@ class Matrix:
         self.quiet = quiet
         self.servers: dict[str, Server] = {}
         self.source = work / "source.raw"
+        self.certificates = Certificates(work / "home")
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -94,7 +96,8 @@ class Matrix:
         if name not in self.servers:
             kind = OwnServer if name == OURS else PEERS[name]
             # Short directories: the address of a Unix socket ends at 107 bytes.
-            self.servers[name] = kind(self.work / f"s{len(self.servers)}", self.size_bytes)
+            work = self.work / f"s{len(self.servers)}"
+            self.servers[name] = kind(work, self.size_bytes, self.certificates)
         return self.servers[name]
 
     def make_source(self) -> None:
@@ -110,7 +113,12 @@ class Matrix:
         server.enter(workload.state)
         before = server.usage()
         figures = clients.run(
-            workload, server.uri, size_bytes=server.size_bytes, seconds=self.seconds, source=self.source
+            workload,
+            server.uri,
+            size_bytes=server.size_bytes,
+            seconds=self.seconds,
+            source=self.source,
+            home=self.certificates.home if workload.state is State.TLS else None,
         )
         after = server.usage()
         cell.values.append(figures.megabytes_per_second if workload.in_bytes else figures.requests_per_second)

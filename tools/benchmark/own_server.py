@@ -9,6 +9,7 @@ from pathlib import Path
 
 from disk_client import DiskClient
 
+from .certificates import Certificates
 from .clients import fill
 from .servers import TENTH_BYTES, Server, drop_page_cache, layer_is_written, layer_writes
 from .workloads import OURS, State
@@ -21,15 +22,15 @@ class OwnServer(Server):
 
     name, program = OURS, sys.executable
 
-    def __init__(self, work: Path, size_bytes: int) -> None:
-        super().__init__(work, size_bytes)
+    def __init__(self, work: Path, size_bytes: int, certificates: Certificates | None = None) -> None:
+        super().__init__(work, size_bytes, certificates)
         self.pool = work / "pool"
         self.device = "filled"
         self.devices: set[str] = set()
 
     @property
     def uri(self) -> str:
-        return f"nbd+unix:///{self.device}?socket={self.socket}"
+        return f"{self.scheme}:///{self.device}?socket={self.socket}"
 
     def thinpool(self, *arguments: str) -> str:
         """Run the command line tool; raise CalledProcessError with its words when it fails."""
@@ -46,7 +47,17 @@ class OwnServer(Server):
         """Start the server on the pool, which is made first where it is not there yet."""
         if not self.pool.exists():
             self.thinpool("init", str(self.pool), "--size", str(TENTH_BYTES))
-        command = [sys.executable, "-m", "thinpool", "serve", str(self.pool), "--socket", str(self.socket)]
+        tls = ["--tls-certificates", str(self.credentials)] if self.state is State.TLS else []
+        command = [
+            sys.executable,
+            "-m",
+            "thinpool",
+            "serve",
+            str(self.pool),
+            "--socket",
+            str(self.socket),
+            *tls,
+        ]
         self.start(command, {**os.environ, "PYTHONPATH": str(ROOT)})
 
     def create(self, name: str, size_bytes: int | None = None) -> None:
@@ -66,11 +77,15 @@ class OwnServer(Server):
         # Unlike its peers our server changes state while it runs, which is what it is for.
         if self.state is state and self.runs and not state.used_up:
             return
-        if state is State.COLD:
+        if state is State.COLD or State.TLS in (state, self.state):
             self.stop()
+        if state is State.TLS and "filled" not in self.devices:
+            self.serve()
+            self._filled("filled")
+            self.stop()
+        self.state = state
         if not self.runs:
             self.serve()
-        self.state = state
         self.open(state)
         if state is State.COLD:
             drop_page_cache()

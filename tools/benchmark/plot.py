@@ -9,7 +9,9 @@ from html import escape
 from .matrix import Row
 from .workloads import ALL_SERVERS, OURS
 
-COLOURS = dict(zip(ALL_SERVERS[1:], ("#3b6ea5", "#7fa8d1", "#c8553d", "#e3a857", "#6a9a58"), strict=True))
+COLOURS = dict(
+    zip(ALL_SERVERS[1:], ("#3b6ea5", "#7fa8d1", "#c8553d", "#e3a857", "#6a9a58", "#999999"), strict=True)
+)
 LABEL_WIDTH, PLOT_WIDTH, BAR_HEIGHT, GAP = 330, 520, 13, 10
 LEAST, MOST = 0.25, 32.0
 

@@ -16,14 +16,16 @@ import time
 from pathlib import Path
 
 from . import machine
+from .certificates import Certificates
 from .clients import fill
-from .workloads import NBD_SERVER, NBDKIT, NBDKIT_COW, QCOW2, QEMU_RAW, State
+from .workloads import NBD_SERVER, NBDKIT, NBDKIT_COW, PUMP, QCOW2, QEMU_RAW, State
 
 GIB = 1 << 30
 TENTH_BYTES = 100 * GIB
 CLUSTER_BYTES = 64 << 10
 WRITES_PER_LAYER = 16
 START_SECONDS_MAX = 120.0
+PUMP_SPIN_MICROSECONDS = "50"  # as long as ours polls before it sleeps
 
 
 class ServerFailedError(Exception):
@@ -54,12 +56,13 @@ class Server(abc.ABC):
     name: str
     program: str
 
-    def __init__(self, work: Path, size_bytes: int) -> None:
+    def __init__(self, work: Path, size_bytes: int, certificates: Certificates | None = None) -> None:
         self.work = work
         self.plain_size_bytes = size_bytes
         self.state: State | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.socket = work / "s"
+        self.certificates = certificates  # needed in the TLS state only
         work.mkdir(parents=True)
 
     @property
@@ -76,8 +79,19 @@ class Server(abc.ABC):
         return TENTH_BYTES if self.state is State.TENTH else self.plain_size_bytes
 
     @property
+    def scheme(self) -> str:
+        """How URIs of the export begin in its present state."""
+        return "nbds+unix" if self.state is State.TLS else "nbd+unix"
+
+    @property
+    def credentials(self) -> Path:
+        """Directory with the certificates."""
+        assert self.certificates is not None
+        return self.certificates.directory()
+
+    @property
     def uri(self) -> str:
-        return f"nbd+unix:///?socket={self.socket}"
+        return f"{self.scheme}:///?socket={self.socket}"
 
     def enter(self, state: State) -> None:
         """Bring the export into a state, with the server running."""
@@ -156,6 +170,11 @@ class RawServer(Server):
 
     def open(self, state: State) -> None:
         large = state is State.FILLED_LARGE
+        if state is State.TLS and not (self.work / "filled.raw").exists():
+            self.state = State.FILLED
+            self.open(State.FILLED)
+            self.stop()
+            self.state = State.TLS
         path = self.work / {State.FRESH: "fresh.raw", State.FILLED_LARGE: "large.raw"}.get(
             state, "filled.raw"
         )
@@ -172,7 +191,8 @@ class NbdkitFile(RawServer):
     name, program = NBDKIT, "nbdkit"
 
     def command(self, path: Path) -> list[str]:
-        return ["nbdkit", "-f", "-U", str(self.socket), "file", str(path)]
+        tls = [f"--tls-certificates={self.credentials}", "--tls=require"] if self.state is State.TLS else []
+        return ["nbdkit", "-f", *tls, "-U", str(self.socket), "file", str(path)]
 
 
 class QemuRaw(RawServer):
@@ -189,7 +209,17 @@ class QemuRaw(RawServer):
             "-f",
             "raw",
             "--discard=unmap",
+            *self._tls(),
             str(path),
+        ]
+
+    def _tls(self) -> list[str]:
+        if self.state is not State.TLS:
+            return []
+        return [
+            "--object",
+            f"tls-creds-x509,id=tls0,endpoint=server,verify-peer=no,dir={self.credentials}",
+            "--tls-creds=tls0",
         ]
 
 
@@ -357,6 +387,24 @@ class QemuQcow2(Server):
         self._start(path)
 
 
+class BarePump(Server):
+    """The bound: pump.c, compiled when it is first needed. It has nothing behind it, so states mean nothing to it."""
+
+    name, program = PUMP, "cc"
+
+    def open(self, state: State) -> None:
+        del state
+        program = self.work / "pump"
+        if not program.exists():
+            source = Path(__file__).with_name("pump.c")
+            subprocess.run(
+                ["cc", "-O2", "-o", str(program), str(source), "-lpthread"],
+                check=True,
+                stdin=subprocess.DEVNULL,
+            )
+        self.start([str(program), str(self.socket), str(self.plain_size_bytes), PUMP_SPIN_MICROSECONDS])
+
+
 PEERS: dict[str, type[Server]] = {
-    server.name: server for server in (NbdkitFile, NbdkitCow, QemuRaw, QemuQcow2, NbdServer)
+    server.name: server for server in (NbdkitFile, NbdkitCow, QemuRaw, QemuQcow2, NbdServer, BarePump)
 }

@@ -10,8 +10,10 @@ OURS = "thinpool"
 NBDKIT, NBDKIT_COW = "nbdkit file", "nbdkit file+cow"
 QEMU_RAW, QCOW2 = "qemu-nbd raw", "qemu-nbd qcow2"
 NBD_SERVER = "nbd-server"
-ALL_SERVERS = (OURS, NBDKIT, NBDKIT_COW, QEMU_RAW, QCOW2, NBD_SERVER)
-RAW_PEERS = (NBDKIT, QEMU_RAW, QCOW2, NBD_SERVER)
+PUMP = "bare pump"  # no server: what client and socket cost without a file behind them
+ALL_SERVERS = (OURS, NBDKIT, NBDKIT_COW, QEMU_RAW, QCOW2, NBD_SERVER, PUMP)
+RAW_PEERS = (NBDKIT, QEMU_RAW, QCOW2, NBD_SERVER, PUMP)
+TLS_PEERS = (NBDKIT, QEMU_RAW)
 THIN_PEERS = (NBDKIT_COW, QCOW2)
 
 
@@ -28,6 +30,7 @@ class State(Enum):
     DEPTH_100 = "depth 100"
     DEPTH_1000 = "depth 1000"
     TENTH = "100 GiB, a tenth of it written"
+    TLS = "filled, over TLS"
 
     @property
     def used_up(self) -> bool:
@@ -241,7 +244,44 @@ CLIENTS = [
 ]
 
 
-WORKLOADS: tuple[Workload, ...] = (*BASIC, *PAGE_CACHE, *THIN, *CLIENTS)
+TLS = [
+    Workload(
+        "tls-read-4k-1", "4 KiB random read, depth 1, TLS", State.TLS, fio=_random("read", 1), peers=TLS_PEERS
+    ),
+    Workload(
+        "tls-read-4k-32",
+        "4 KiB random read, depth 32, TLS",
+        State.TLS,
+        fio=_random("read", 32),
+        peers=TLS_PEERS,
+    ),
+    Workload(
+        "tls-write-4k-32",
+        "4 KiB random write, depth 32, TLS",
+        State.TLS,
+        fio=_random("write", 32),
+        peers=TLS_PEERS,
+    ),
+    Workload(
+        "tls-read-1m",
+        "1 MiB read, depth 8, TLS",
+        State.TLS,
+        fio=_sequential("read", "1m", 8),
+        in_bytes=True,
+        peers=TLS_PEERS,
+    ),
+    Workload(
+        "tls-write-1m",
+        "1 MiB write, depth 8, TLS",
+        State.TLS,
+        fio=_sequential("write", "1m", 8),
+        in_bytes=True,
+        peers=TLS_PEERS,
+    ),
+]
+
+
+WORKLOADS: tuple[Workload, ...] = (*BASIC, *PAGE_CACHE, *THIN, *CLIENTS, *TLS)
 
 
 def select(names: str | None) -> list[Workload]:
