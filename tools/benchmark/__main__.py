@@ -7,6 +7,8 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine, report
@@ -24,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         default="matrix",
-        choices=["matrix", "snapshots", "open", "list"],
-        help="matrix: data path beside peers (default); snapshots: cost of a snapshot; open: large pools; list: cells",
+        choices=["matrix", "list", *REPORTS],
+        help="matrix: data path beside peers (default); list: its cells; "
+        + "; ".join(f"{name}: {kind.about}" for name, kind in REPORTS.items()),
     )
     made.add_argument(
         "--cells", help="comma-separated names or patterns; step1 is the group of first figures"
@@ -79,6 +82,51 @@ def counts(options: argparse.Namespace, default: str) -> list[int]:
     return [int(count) for count in str(options.mapped or default).split(",")]
 
 
+def snapshot_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import snapshots
+
+    mapped = counts(options, "20000" if options.quick else "1000000")[0]
+    return snapshots.run(work, mapped_blocks=mapped, count=options.count or (50 if options.quick else 1000))
+
+
+def open_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import mappings
+
+    return mappings.run(work, counts(options, "20000" if options.quick else "1000000,10000000"))
+
+
+def crowd_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import crowd
+
+    rounds = options.rounds or (1 if options.quick else 5)
+    return crowd.run(work, rounds=rounds, seconds=options.seconds or (1.0 if options.quick else 2.0))
+
+
+def call_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import calls
+
+    size_bytes = (options.size or (128 if options.quick else 1024)) * MIB
+    servers = options.servers.split(",") if options.servers else None
+    return calls.run(work, size_bytes=size_bytes, seconds=options.seconds or 2.0, servers=servers)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report that is not about the matrix: what `--help` says, its title, and what measures and writes it."""
+
+    about: str
+    title: str
+    lines: Callable[[argparse.Namespace, Path], list[str]]
+
+
+REPORTS = {
+    "snapshots": Report("cost of a snapshot", "What a snapshot costs", snapshot_lines),
+    "open": Report("large pools", "Large pools", open_lines),
+    "crowd": Report("many clients, bad clients", "Many clients, bad clients", crowd_lines),
+    "calls": Report("system calls a request", "System calls a request", call_lines),
+}
+
+
 def main() -> int:
     options = parser().parse_args()
     if options.what == "list":
@@ -96,20 +144,9 @@ def main() -> int:
     try:
         if options.what == "matrix":
             path = run_matrix(options, work, command)
-        elif options.what == "snapshots":
-            from . import snapshots
-
-            mapped = counts(options, "20000" if options.quick else "1000000")[0]
-            count = options.count or (50 if options.quick else 1000)
-            lines = snapshots.run(work, mapped_blocks=mapped, count=count)
-            path = write_text(options, work, command, "What a snapshot costs", lines)
         else:
-            from . import mappings
-
-            default = "20000" if options.quick else "1000000,10000000"
-            path = write_text(
-                options, work, command, "Large pools", mappings.run(work, counts(options, default))
-            )
+            kind = REPORTS[options.what]
+            path = write_text(options, work, command, kind.title, kind.lines(options, work))
     except ValueError as error:
         print(f"tools/bench: {error}", file=sys.stderr)
         return 2
