@@ -110,6 +110,14 @@ def call_lines(options: argparse.Namespace, work: Path) -> list[str]:
     return calls.run(work, size_bytes=size_bytes, seconds=options.seconds or 2.0, servers=servers)
 
 
+def spike_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import spikes
+
+    size_bytes = (options.size or (128 if options.quick else 1024)) * MIB
+    rounds = options.rounds or (1 if options.quick else 5)
+    return spikes.run(work, size_bytes=size_bytes, rounds=rounds, seconds=options.seconds or 1.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """A report that is not about the matrix: what `--help` says, its title, and what measures and writes it."""
@@ -124,6 +132,7 @@ REPORTS = {
     "open": Report("large pools", "Large pools", open_lines),
     "crowd": Report("many clients, bad clients", "Many clients, bad clients", crowd_lines),
     "calls": Report("system calls a request", "System calls a request", call_lines),
+    "spikes": Report("threads, event loop, processes", "Shapes of a server", spike_lines),
 }
 
 
