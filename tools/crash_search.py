@@ -3,14 +3,13 @@
 In: handing out seeds, counting distinct states over all workers, the replay command, shrinking. Out: the search itself
 (tests/fakes/crash_search.py), which the default tests run a fixed slice of.
 
-Every worker takes every n-th seed from the first one on, so the same arguments cover the same seeds in the same way
-however fast the machine is; only how far they get depends on it.
+Workers take one seed after the other from a common counter, and what is done with a seed depends on nothing else, so
+every seed from the first to the last is covered, in the same way on every machine; only how many depends on the time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -19,9 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crash_ledger import Ledger
 
 from tests.fakes.crash_search import Budget, Found, Search, shrink
 from tests.fakes.mutants import MUTANTS, states_to_find
@@ -49,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.mutants:
         return mutants()
+    if options.summary:
+        print(Ledger(options.ledger).summary())
+        return 0
+    if options.seed is None:
+        options.seed = Ledger(options.ledger).next_seed(threads=options.threads) if options.ledger else 0
     with mutation(options.mutant):
         if options.replay is not None:
             return replay(options)
@@ -59,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="tools/crash-search", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to search (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--seed", type=int, help="first seed (default: 0, or where the ledger ends)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
     )
@@ -75,8 +82,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mutants", action="store_true", help="find every deliberate mistake and print a table"
     )
-    parser.add_argument("--report", metavar="FILE", help="append the figures as a line of JSON")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        metavar="DIRECTORY",
+        help="count over many runs, each going on where the last ended",
+    )
+    parser.add_argument("--summary", action="store_true", help="print what all runs of --ledger come to")
+    options = parser.parse_args(arguments)
+    if options.summary and options.ledger is None:
+        parser.error("--summary needs --ledger")
+    return options
 
 
 @contextmanager
@@ -127,48 +143,48 @@ def mutants() -> int:
     return 1 if missed else 0
 
 
-def worker(options: argparse.Namespace, first: int, results: Queue[tuple[Any, ...]]) -> None:
-    """Take every n-th seed until the time is up."""
+def worker(options: argparse.Namespace, seeds: Synchronized[int], results: Queue[tuple[Any, ...]]) -> None:
+    """Take seeds until the time is up."""
     found = None
-    budget, seed = budget_of(options), first
+    budget = budget_of(options)
     searching = Search(budget)
     deadline = time.monotonic() + options.minutes * 60
     while time.monotonic() < deadline and found is None:
+        with seeds.get_lock():
+            seed = seeds.value
+            seeds.value += 1
         try:
             searching.seed(seed, steps=options.steps, threads=options.threads)
         except Found as problem:
             found = shrink(problem, budget, threads=options.threads)
-        seed += options.workers
     tally = searching.tally
     digests = np.fromiter(tally.digests, np.uint64, len(tally.digests))
     text = None if found is None else f"{found}\n  replay: {command(options, found)}"
     counts = (tally.scenarios, tally.images + tally.nested_images, tally.recoveries, tally.thin_checks)
-    results.put((counts, seed, digests, text))
+    results.put((counts, digests, text))
 
 
 def search(options: argparse.Namespace) -> int:
     """Search with all workers and print what came of it."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
+    seeds = context.Value("q", options.seed)
     started = time.monotonic()
-    workers = [
-        context.Process(target=worker, args=(options, options.seed + number, results))
-        for number in range(options.workers)
-    ]
+    workers = [context.Process(target=worker, args=(options, seeds, results)) for _ in range(options.workers)]
     for process in workers:
         process.start()
     total = Total()
     for _ in workers:
-        (scenarios, images, recoveries, thin_checks), seed, digests, text = results.get()
+        (scenarios, images, recoveries, thin_checks), digests, text = results.get()
         total.scenarios += scenarios
         total.images += images
         total.recoveries += recoveries
         total.thin_checks += thin_checks
-        total.next_seed = max(total.next_seed, seed)
         total.digests.append(digests)
         total.found += [text] if text else []
     for process in workers:
         process.join()
+    total.next_seed = seeds.value
     return report(options, total, time.monotonic() - started)
 
 
@@ -181,7 +197,7 @@ def report(options: argparse.Namespace, total: Total, seconds: float) -> int:
     )
     print(f"{total.recoveries} recovered by the engine, {total.thin_checks} shown to thin_check")
     print(*(total.found or ["no violation"]), sep="\n")
-    if options.report:
+    if options.ledger:
         figures = {
             "seeds": [options.seed, total.next_seed - 1],
             "threads": options.threads,
@@ -193,8 +209,7 @@ def report(options: argparse.Namespace, total: Total, seconds: float) -> int:
             "violations": len(total.found),
             "seconds": round(seconds),
         }
-        with open(options.report, "a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+        print(f"{Ledger(options.ledger).add(figures, total.digests)} distinct over all runs of the ledger")
     return 1 if total.found else 0
 
 

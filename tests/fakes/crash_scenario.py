@@ -47,6 +47,7 @@ BLOCK_SECTORS = 128
 BLOCK_BYTES = BLOCK_SECTORS * SECTOR_BYTES
 DEVICES_MAX = 7
 DEVICE_BLOCKS_MAX = 6
+WINDOW_SECTORS = 32 * BLOCK_SECTORS
 STAMP = 0x7468696E706F6F6C  # "thinpool"
 
 
@@ -414,14 +415,24 @@ class Scenario:
         """
         model = self.oracle.world[name]
         session: Session = self.client(name).session
-        length = model.sectors * SECTOR_BYTES
+        first, count = self._window(model)
+        window = slice(first, first + count)
         for read in (Session.read_bytes, read_by_kernel):
-            actual = self.disk.contents.intern(bytes(read(session, 0, length)))
+            read_bytes = bytes(read(session, first * SECTOR_BYTES, count * SECTOR_BYTES))
+            actual = model.current()
+            actual[window] = self.disk.contents.intern(read_bytes)
             loose = model.in_doubt or not exact
             strangers = model.strangers(actual) if loose else np.flatnonzero(actual != model.current())
+            strangers = strangers[(strangers >= first) & (strangers < first + count)]
             if len(strangers):
                 text = f"{name} reads wrong at sectors {strangers[:8].tolist()} by {read.__name__}, no cut involved"
                 raise Violation(text)
+
+    def _window(self, model: DeviceModel) -> tuple[int, int]:
+        """Sectors to compare: all, but of a wide device only a part, because everything would take too long."""
+        if model.sectors <= WINDOW_SECTORS:
+            return 0, model.sectors
+        return self.random.randrange(model.sectors - WINDOW_SECTORS + 1), WINDOW_SECTORS
 
     def compare_all(self) -> None:
         for name in self.oracle.world:
