@@ -26,7 +26,7 @@ import numpy as np
 from crash_ledger import Ledger
 
 from tests.fakes.crash_search import Budget, Found, Search, shrink
-from tests.fakes.mutants import MUTANTS, states_to_find
+from tests.fakes.mutants import MUTANTS, detect
 
 
 @dataclass(slots=True)
@@ -132,13 +132,17 @@ def replay(options: argparse.Namespace) -> int:
 
 def mutants() -> int:
     """Print how soon each deliberate mistake is found."""
-    print("| mistake | what it does | found after | at the latest |", "| --- | --- | ---: | ---: |", sep="\n")
+    print(
+        "| mistake | what it does | found after | by seed | at the latest |",
+        "| --- | --- | ---: | ---: | ---: |",
+        sep="\n",
+    )
     missed = 0
     for mutant in MUTANTS:
-        states = states_to_find(mutant)
-        missed += states is None
+        found = detect(mutant)
+        missed += found is None
         unit = "scenarios" if mutant.uncut else "states"
-        at = "**not found**" if states is None else f"{states:,} {unit}"
+        at = "**not found** |" if found is None else f"{found.states:,} {unit} | {found.seed}"
         print(f"| `{mutant.name}` | {mutant.breaks} | {at} | {mutant.states:,} |", flush=True)
     return 1 if missed else 0
 

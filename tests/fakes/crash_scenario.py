@@ -39,6 +39,7 @@ from tests.fakes.crash_oracle import (
 )
 from tests.fakes.disk_history import Contents
 from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedDisk
+from thinpool import device as device_module
 from thinpool import pool as pool_module
 from thinpool.session import Session
 
@@ -81,12 +82,14 @@ class Shape:
     steps: int
     nbd: bool
     many_mappings: int = 0  # single-sector writes before history begins, for trees of several nodes
+    punches: bool = True
 
     @classmethod
     def of(cls, random: Random, steps: int) -> Shape:
         if random.random() < 0.06:
             return cls(random.randrange(420, 560), 320, steps, False, random.randrange(260, 400))
-        return cls(random.randrange(6, 22), random.choice((200, 256)), steps, random.random() < 0.4)
+        blocks, metadata_blocks = random.randrange(6, 22), random.choice((200, 256))
+        return cls(blocks, metadata_blocks, steps, random.random() < 0.4, punches=random.random() < 0.85)
 
 
 class Scenario:
@@ -111,6 +114,8 @@ class Scenario:
         self._counter = first_number
         self._clock = Ticking()
         self._low_blocks = random.random() < 0.5
+        # Half of the scenarios copy shared blocks as those larger than that are copied.
+        self._compose_bytes_max = random.choice((0, device_module.COMPOSE_BYTES_MAX))
         self.pool = self._open()
 
     # --- running ---
@@ -141,8 +146,9 @@ class Scenario:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """The pool sees the scenario's own clock."""
-        with mock.patch.object(pool_module, "time", self._clock):
+        """The pool sees the scenario's own clock, and its own way of copying."""
+        compose = mock.patch.object(device_module, "COMPOSE_BYTES_MAX", self._compose_bytes_max)
+        with mock.patch.object(pool_module, "time", self._clock), compose:
             yield
 
     def close(self) -> None:
@@ -478,6 +484,7 @@ def scenario_of(
     random = Random(seed)
     shape = Shape.of(random, steps_max)
     disk = SimulatedDisk(contents or Contents(), metadata_blocks=shape.metadata_blocks, catalogs=catalogs)
+    disk.punches = shape.punches
     disk.format(data_blocks=shape.data_blocks)
     scenario = Scenario(disk, random, nbd=shape.nbd)
     if shape.many_mappings:

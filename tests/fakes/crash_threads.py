@@ -202,5 +202,6 @@ def threaded_scenario_of(turns: Turns, steps_max: int, contents: Contents) -> Th
     random = turns.random
     shape = Shape.of(random, steps_max)
     disk = SimulatedDisk(contents, metadata_blocks=shape.metadata_blocks)
+    disk.punches = shape.punches
     disk.format(data_blocks=shape.data_blocks)
     return ThreadedScenario(disk, random, turns, nbd=shape.nbd)

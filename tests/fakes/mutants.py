@@ -21,6 +21,7 @@ from nbd.constants import CommandFlag
 from nbd.execution import Executor
 from tests.fakes.crash_search import Budget, Found, Search
 from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedData, SimulatedDisk
+from thinpool.block_map import MAPPED
 from thinpool.catalog import Catalog, Put
 from thinpool.committer import Committer
 from thinpool.device import ThinDevice
@@ -262,6 +263,20 @@ def shared_block_not_copied() -> Iterator[None]:
 
 
 @contextmanager
+def half_of_the_shared_block_copied() -> Iterator[None]:
+    original = ThinDevice._fill
+
+    def fill(self, block: int, old_entry: int, inside: int, data) -> None:  # noqa: ANN001
+        original(self, block, old_entry, inside, data)
+        half = self.block_bytes // 2
+        if old_entry >= MAPPED and inside + len(data) <= half:
+            self.engine.data.zero(block * self.block_bytes + half, half)
+
+    with _instead(ThinDevice, "_fill", fill):
+        yield
+
+
+@contextmanager
 def sharing_judged_in_transaction() -> Iterator[None]:
     original = ThinDevice._judge_sharing
 
@@ -283,6 +298,65 @@ def metadata_length_not_durable() -> AbstractContextManager[object]:
         self.resized(File.METADATA, length_bytes)
 
     return _instead(SimulatedDisk, "_lengthen_metadata", lengthen)
+
+
+def data_length_not_durable() -> AbstractContextManager[object]:
+    import os
+
+    from tests.fakes.disk_history import File
+
+    def grow(self, blocks: int) -> None:  # noqa: ANN001
+        os.ftruncate(self.descriptor, blocks * self.block_bytes)
+        self._disk.resized(File.DATA, blocks * self.block_bytes)
+        self._map(blocks)
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        # The data flush of the commit that tells of the new length would hide it.
+        with _instead(SimulatedData, "grow", grow), overwrites_not_flushed():
+            yield
+
+    return both()
+
+
+@contextmanager
+def overwrites_not_flushed() -> Iterator[None]:
+    original_flush, original_commit = SimulatedData.flush, Engine._commit
+
+    def commit(self):  # noqa: ANN001, ANN202
+        fresh = bool(len(self.free._fresh)) or any(device.pending for device in self.devices.values())
+        flush = original_flush if fresh else (lambda data: None)
+        with mock.patch.object(SimulatedData, "flush", flush):
+            return original_commit(self)
+
+    with _instead(Engine, "_commit", commit):
+        yield
+
+
+@contextmanager
+def flush_of_one_device_only() -> Iterator[None]:
+    original_flush, original_collect = Session.flush, Engine.collect
+
+    def flush(self) -> None:  # noqa: ANN001
+        own = self.device
+        with mock.patch.object(Engine, "collect", lambda engine: own.apply_pending()):
+            original_flush(self)
+
+    with _instead(Session, "flush", flush), _instead(Engine, "collect", original_collect):
+        yield
+
+
+def rollback_in_two_steps() -> AbstractContextManager[object]:
+    original = Pool.rollback
+
+    def rollback(self, name: str, snapshot: str, *, keep=None):  # noqa: ANN001, ANN202
+        if keep is not False:
+            return original(self, name, snapshot, keep=keep)
+        read_only = self._entry(name).read_only
+        self.delete(name)
+        return self.create_snapshot(snapshot, name, read_only=read_only)
+
+    return _instead(Pool, "rollback", rollback)
 
 
 @contextmanager
@@ -395,6 +469,7 @@ def flush_joins_the_running_commit() -> AbstractContextManager[object]:
 class Mutant:
     """`states`: images within which the search, from the first seed on, must have found it.
 
+    `first_seed`: where the default tests begin, so that they need not go all the way every time.
     `threads`: only several at work can show it. `uncut`: it shows without any power cut, to a rare order of events
     only; scenarios are run and not cut then, and `states` is their number.
     """
@@ -402,6 +477,7 @@ class Mutant:
     switch: Callable[[], AbstractContextManager[object]]
     breaks: str
     states: int
+    first_seed: int = 0
     threads: bool = False
     uncut: bool = False
 
@@ -411,55 +487,79 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant(data_not_flushed, "commits without flushing the data first", 2_000),
-    Mutant(superblock_first, "writes the superblock before the blocks it names", 2_000),
-    Mutant(one_metadata_flush, "no flush between the blocks and the superblock", 2_000),
-    Mutant(superblock_not_flushed, "no flush after the superblock", 2_000),
-    Mutant(metadata_changed_in_place, "overwrites unshared committed blocks", 2_000),
-    Mutant(freed_metadata_reused_at_once, "reuses metadata blocks freed in the transaction", 15_000),
-    Mutant(freed_data_reused_at_once, "reuses data blocks freed in the transaction", 20_000),
-    Mutant(punched_before_commit, "punches data blocks before the commit that frees them", 15_000),
-    Mutant(freed_blocks_not_punched, "hands out freed blocks with their old content", 30_000),
-    Mutant(free_blocks_not_scrubbed, "trusts free blocks after a cut to read zeros", 2_000),
-    Mutant(names_promoted_early, "promotes names before the metadata commit", 2_000),
-    Mutant(names_staged_in_memory_only, "stages names without making them durable", 2_000),
-    Mutant(staged_names_forgotten_on_open, "drops staged names whose metadata is committed", 2_000),
-    Mutant(staged_names_always_promoted_on_open, "promotes staged names whose metadata is not", 2_000),
-    Mutant(transaction_id_not_moved, "does not tie names to a commit", 2_000),
-    Mutant(catalogue_written_in_two_steps, "promotes rows one by one", 10_000),
+    Mutant(data_not_flushed, "commits without flushing the data first", 5_000),
+    Mutant(superblock_first, "writes the superblock before the blocks it names", 5_000),
+    Mutant(one_metadata_flush, "no flush between the blocks and the superblock", 5_000),
+    Mutant(superblock_not_flushed, "no flush after the superblock", 5_000),
+    Mutant(metadata_changed_in_place, "overwrites unshared committed blocks", 5_000),
+    Mutant(freed_metadata_reused_at_once, "reuses metadata blocks freed in the transaction", 10_000),
+    Mutant(freed_data_reused_at_once, "reuses data blocks freed in the transaction", 50_000, first_seed=3),
+    Mutant(
+        punched_before_commit, "punches data blocks before the commit that frees them", 75_000, first_seed=5
+    ),
+    Mutant(freed_blocks_not_punched, "hands out freed blocks with their old content", 5_000),
+    Mutant(free_blocks_not_scrubbed, "trusts free blocks after a cut to read zeros", 5_000),
+    Mutant(names_promoted_early, "promotes names before the metadata commit", 5_000),
+    Mutant(names_staged_in_memory_only, "stages names without making them durable", 5_000),
+    Mutant(staged_names_forgotten_on_open, "drops staged names whose metadata is committed", 5_000),
+    Mutant(staged_names_always_promoted_on_open, "promotes staged names whose metadata is not", 5_000),
+    Mutant(transaction_id_not_moved, "does not tie names to a commit", 5_000),
+    Mutant(catalogue_written_in_two_steps, "promotes rows one by one", 15_000),
     Mutant(rename_forgets_the_snapshots, "leaves origins with the old name", 10_000),
-    Mutant(flush_acknowledged_early, "acknowledges FLUSH without a commit", 2_000),
-    Mutant(fua_ignored, "acknowledges FUA without a commit", 2_000),
-    Mutant(flush_skips_unmappings, "a flush does not commit when only trims happened", 10_000),
+    Mutant(flush_acknowledged_early, "acknowledges FLUSH without a commit", 5_000),
+    Mutant(fua_ignored, "acknowledges FUA without a commit", 15_000),
+    Mutant(flush_skips_unmappings, "a flush does not commit when only trims happened", 30_000, first_seed=1),
     Mutant(snapshot_misses_new_mappings, "a snapshot leaves out mappings not in the tree yet", 5_000),
     Mutant(origin_writes_into_its_snapshot, "the origin does not copy after a snapshot", 5_000),
     Mutant(shared_block_not_copied, "breaking of sharing does not copy", 5_000),
+    Mutant(half_of_the_shared_block_copied, "copies less of a shared block than it must", 5_000),
+    Mutant(overwrites_not_flushed, "a flush skips the data when nothing was allocated", 5_000),
+    Mutant(flush_of_one_device_only, "a flush covers its own device only", 30_000, first_seed=1),
+    Mutant(rollback_in_two_steps, "rolls back by deleting first", 15_000),
+    Mutant(data_length_not_durable, "names data blocks a cut takes away", 5_000),
     Mutant(
-        sharing_judged_in_transaction, "takes a block for its own whose sharer is not committed gone", 100_000
+        sharing_judged_in_transaction,
+        "takes a block for its own whose sharer is not committed gone",
+        50_000,
+        first_seed=2,
     ),
-    Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 25_000),
-    Mutant(shrink_zeroes_first, "shrinking destroys what it has not cut off yet", 50_000),
-    Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 100_000),
-    Mutant(mapped_before_filled, "maps a block before its first content is written", 60_000, threads=True),
+    Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 30_000),
+    Mutant(shrink_zeroes_first, "shrinking destroys what it has not cut off yet", 20_000),
+    Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 200_000, first_seed=13),
+    Mutant(mapped_before_filled, "maps a block before its first content is written", 5_000, threads=True),
     Mutant(
         data_flushed_before_the_lists_are_taken,
         "flushes the data before taking the lists",
-        40_000,
+        5_000,
         threads=True,
     ),
     Mutant(
-        write_under_way_not_waited_for, "commits past a write that has its block only", 30_000, threads=True
+        write_under_way_not_waited_for,
+        "commits past a write that has its block only",
+        75_000,
+        first_seed=1,
+        threads=True,
     ),
     Mutant(
-        readers_not_waited_for, "hands out blocks that are still being sent", 150, threads=True, uncut=True
+        readers_not_waited_for,
+        "hands out blocks that are still being sent",
+        150,
+        first_seed=31,
+        threads=True,
+        uncut=True,
     ),
     Mutant(
-        snapshot_waits_for_nobody, "takes a snapshot in the middle of a write", 150, threads=True, uncut=True
+        snapshot_waits_for_nobody,
+        "takes a snapshot in the middle of a write",
+        150,
+        first_seed=49,
+        threads=True,
+        uncut=True,
     ),
     Mutant(
         flush_joins_the_running_commit,
         "a flush counts on a commit that began before it",
-        100_000,
+        10_000,
         threads=True,
     ),
 ]
@@ -468,13 +568,22 @@ MUTANTS = [
 BUDGET = Budget(images_per_cut=12)
 
 
-def states_to_find(mutant: Mutant, limit: int | None = None) -> int | None:
-    """Crash states (or, uncut, scenarios) until the search finds a mutant; None where it does not within `limit`."""
-    limit = mutant.states if limit is None else limit
-    search, seed = Search(BUDGET), 0
-    while True:
-        if (seed if mutant.uncut else search.tally.images + search.tally.nested_images) > limit:
-            return None
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """After how many crash states (or, uncut, scenarios) a mutant was found, and with which seed."""
+
+    states: int
+    seed: int
+
+
+def detect(mutant: Mutant, first_seed: int = 0) -> Detection | None:
+    """Search from a seed on until a mutant is found; None where it is not within `mutant.states`."""
+    search, seed = Search(BUDGET), first_seed
+
+    def spent() -> int:
+        return seed - first_seed if mutant.uncut else search.tally.images + search.tally.nested_images
+
+    while spent() <= mutant.states:
         with mutant.switch():
             try:
                 if mutant.uncut:
@@ -482,5 +591,6 @@ def states_to_find(mutant: Mutant, limit: int | None = None) -> int | None:
                 else:
                     search.seed(seed, threads=mutant.threads)
             except Found:
-                return seed + 1 if mutant.uncut else search.tally.images + search.tally.nested_images
+                return Detection(spent() + mutant.uncut, seed)
         seed += 1
+    return None

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -75,6 +76,9 @@ class SimulatedDisk:
         self.catalogs = catalogs or SimulatedCatalog
         self.events: list[Event] = []
         self.before: Before | None = None
+        # Held from changing a file to recording what it holds now; never while `before` is asked.
+        self.changing = threading.RLock()
+        self.punches = True  # False: a file system without holes, or a block device
         if image is None:
             sectors = metadata_blocks * BLOCK_SECTORS
             empty = FileImage(np.zeros(sectors, np.int32), sectors), FileImage(np.zeros(0, np.int32), 0)
@@ -206,8 +210,9 @@ class SimulatedStore:
     def write(self, first: int, data: bytes) -> None:
         assert self._writable
         allowed = self._disk.ask("metadata write", len(data))
-        os.pwrite(self._disk.metadata, data[:allowed], first * BLOCK_BYTES)
-        self._disk.wrote(File.METADATA, first * BLOCK_BYTES, allowed)
+        with self._disk.changing:
+            os.pwrite(self._disk.metadata, data[:allowed], first * BLOCK_BYTES)
+            self._disk.wrote(File.METADATA, first * BLOCK_BYTES, allowed)
         if allowed < len(data):  # as FileStore does: the rest is another system call
             self._disk.ask("metadata write", len(data) - allowed)
             os.pwrite(self._disk.metadata, data[allowed:], first * BLOCK_BYTES + allowed)
@@ -230,13 +235,15 @@ class SimulatedData(DataFile):
         super().__init__(disk.location.data_path, block_bytes=block_bytes, blocks=blocks, writable=writable)
         self._disk = disk
         self._copies = False
+        self.punches = writable and disk.punches
         self.zeroes_range = False
         self.pwrite = self._pwrite
 
     def _pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> int:
         allowed = self._disk.ask("data write", len(data))
-        done = os.pwrite(self.descriptor, memoryview(data)[:allowed], offset)
-        self._disk.wrote(File.DATA, offset, done)
+        with self._disk.changing:
+            done = os.pwrite(self.descriptor, memoryview(data)[:allowed], offset)
+            self._disk.wrote(File.DATA, offset, done)
         return done
 
     def read(self, offset: int, length_bytes: int) -> bytearray:
@@ -248,9 +255,10 @@ class SimulatedData(DataFile):
     def punch(self, offset: int, length_bytes: int) -> bool:
         if self.punches:
             self._disk.ask("data punch", length_bytes)
-        done = super().punch(offset, length_bytes)
-        if done:
-            self._disk.wrote(File.DATA, offset, length_bytes)
+        with self._disk.changing:
+            done = super().punch(offset, length_bytes)
+            if done:
+                self._disk.wrote(File.DATA, offset, length_bytes)
         return done
 
     def grow(self, blocks: int) -> None:

@@ -25,12 +25,10 @@ from tests.fakes.crash_scenario import CHOICES, Scenario, scenario_of
 from tests.fakes.crash_search import Budget, Search, subsets
 from tests.fakes.disk_history import Contents, Kind, Replay
 from tests.fakes.file_catalog import FileCatalog
-from tests.fakes.mutants import MUTANTS, Mutant, states_to_find
+from tests.fakes.mutants import MUTANTS, Mutant, detect
 from tests.fakes.simulated_disk import SimulatedDisk, SimulatedStore
 
 SLICE = Budget(images_per_cut=12, recover_every=60, thin_check_every=2500)
-# Mutants that take longer than this to find are left to the deep mode.
-QUICK_STATES = 30_000
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -99,19 +97,9 @@ def formatted_as(store: ImageStore) -> int | None:
     return pool.data_blocks
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        pytest.param(
-            mutant,
-            id=mutant.name,
-            marks=[] if mutant.states <= QUICK_STATES and not mutant.uncut else pytest.mark.deep,
-        )
-        for mutant in MUTANTS
-    ],
-)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_deliberate_mistake_is_found(mutant: Mutant) -> None:
-    found = states_to_find(mutant)
+    found = detect(mutant, mutant.first_seed)
     assert found is not None, f"{mutant.name} ({mutant.breaks}) was not found in {mutant.states} states"
 
 
