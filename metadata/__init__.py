@@ -1,5 +1,6 @@
 """The dm-thin metadata format and its algorithms: the public names of the package."""
 
+from .capture import OverlayStore, capture_space_maps, snapshot_as_pool
 from .checksum import BlockKind
 from .commit import CommitReport, PreparedCommit
 from .devices import DeviceRecord
@@ -30,10 +31,11 @@ from .errors import (
 )
 from .format import format_pool
 from .layout import BLOCK_BYTES, METADATA_BLOCKS_MAX, pack_mapping, unpack_mapping
+from .mend import clear_needs_check, mend, mendable
 from .pool_build import BuildReport
 from .pool_metadata import LeafView, PoolMetadata, Usage
 from .problems import Affected, Fault, Place, Problem, Severity
-from .recount import recount
+from .recount import Extent, recount
 from .restore import restore
 from .store import BlockStore, FileStore, MemoryStore
 from .superblock import Superblock
@@ -57,6 +59,7 @@ __all__ = [
     "DeviceIncomplete",
     "DeviceRecord",
     "Difference",
+    "Extent",
     "Fault",
     "FileStore",
     "LeafView",
@@ -69,6 +72,7 @@ __all__ = [
     "NoSuchDevice",
     "NotPoolMetadata",
     "OutOfRange",
+    "OverlayStore",
     "Place",
     "PoolMetadata",
     "PreparedCommit",
@@ -81,11 +85,16 @@ __all__ = [
     "UnsupportedPool",
     "Usage",
     "XmlInvalid",
+    "capture_space_maps",
+    "clear_needs_check",
     "differences",
     "dump",
     "format_pool",
+    "mend",
+    "mendable",
     "pack_mapping",
     "recount",
     "restore",
+    "snapshot_as_pool",
     "unpack_mapping",
 ]

@@ -15,20 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bitmap import Bitmap, summary
-from .checksum import BlockKind, seal
 from .counts import CountTable
 from .errors import DeviceExists, MetadataFull, OutOfRange
-from .index import Index, empty_index
 from .layout import (
     BLOCK_BYTES,
     BLOCK_SECTORS,
-    COUNT_OVERFLOW,
     DATA_BLOCK_SECTORS_MAX,
     DATA_BLOCK_SECTORS_MIN,
     DETAILS_RECORD,
     ENTRIES_PER_BITMAP,
-    INDEX_RECORD,
     SUPERBLOCK_LOCATION,
     SUPERBLOCK_MAGIC,
     SUPERBLOCK_VERSION,
@@ -38,6 +33,7 @@ from .layout import (
     ValueArray,
     bitmaps_for,
 )
+from .space_map_build import SpaceMapBuilder, build_tree
 from .store import BlockStore
 from .superblock import SpaceMapRoot, Superblock
 from .tree_build import BlockSink, TreeBuilder
@@ -133,82 +129,21 @@ class PoolBuilder:
         sink = self._sink
         ids = np.array(sorted(self._roots), np.uint64)
         roots = np.array([self._roots[device] for device in ids.tolist()], np.uint64)
-        mapping_root = self._tree(8, ids, roots, TreeBuilder(sink, 8, sink.refer))
+        mapping_root = build_tree(sink, ids, roots, TreeBuilder(sink, 8, sink.refer))
         records = np.array([self._records[device] for device in ids.tolist()], DETAILS_RECORD)
-        details_root = self._tree(24, ids, records)
-        data_space = self._data_space()
-        metadata_space = self._metadata_space()
+        details_root = build_tree(sink, ids, records, TreeBuilder(sink, 24))
+        maps = SpaceMapBuilder(sink)
+        touched = set(self._data.touched())
+        data_space = maps.data_space(
+            self._fields.data_blocks, lambda number: self._data.chunk(number) if number in touched else None
+        )
+        metadata_space = maps.metadata_space(sink.size_blocks)
         sink.flush()
         self._store.flush()
         superblock = self._superblock(mapping_root, details_root, data_space, metadata_space)
         self._store.write(SUPERBLOCK_LOCATION, superblock.pack())
         self._store.flush()
         return BuildReport(len(ids), self._mapped, data_space.allocated, metadata_space.allocated)
-
-    def _tree(
-        self, value_bytes: int, keys: U64Array, values: ValueArray, builder: TreeBuilder | None = None
-    ) -> int:
-        """A tree with one reference to it, from the superblock."""
-        builder = builder or TreeBuilder(self._sink, value_bytes)
-        builder.add(keys, values)
-        root = builder.finish()
-        self._sink.refer(np.array([root], np.uint64))
-        return root
-
-    # Space maps
-
-    def _data_space(self) -> SpaceMapRoot:
-        blocks = self._fields.data_blocks
-        touched = set(self._data.touched())
-        records = np.zeros(bitmaps_for(blocks), INDEX_RECORD)
-        exact_blocks: list[U64Array] = []
-        exact_counts: list[U32Array] = []
-        allocated = 0
-        for number in range(len(records)):
-            counts = self._data.chunk(number) if number in touched else _NO_COUNTS
-            records[number] = self._bitmap(counts)
-            allocated += ENTRIES_PER_BITMAP - int(records[number]["free"])
-            if counts is not _NO_COUNTS:
-                exact = np.flatnonzero(counts >= COUNT_OVERFLOW)
-                exact_blocks.append((exact + number * ENTRIES_PER_BITMAP).astype(np.uint64))
-                exact_counts.append(counts[exact])
-        self._sink.refer(records["location"])
-        numbers = np.arange(len(records), dtype=np.uint64)
-        index_root = self._tree(16, numbers, records)
-        overflow_root = self._tree(
-            4,
-            np.concatenate([np.empty(0, np.uint64), *exact_blocks]),
-            np.concatenate([np.empty(0, np.uint32), *exact_counts]),
-        )
-        return SpaceMapRoot(blocks, allocated, index_root, overflow_root)
-
-    def _metadata_space(self) -> SpaceMapRoot:
-        """The map of all blocks, its own included: bitmaps and index come last and have one reference each."""
-        sink = self._sink
-        exact = np.flatnonzero(sink.references() >= COUNT_OVERFLOW)
-        overflow_root = self._tree(4, exact.astype(np.uint64), sink.references()[exact])
-        bitmaps = bitmaps_for(sink.size_blocks)
-        used = sink.used_blocks + bitmaps + 1
-        counts = np.ones(max(bitmaps * ENTRIES_PER_BITMAP, used), np.uint32)
-        counts[: sink.used_blocks] = sink.references()
-        counts[SUPERBLOCK_LOCATION] = 1
-        counts[used:] = 0
-        entries = empty_index().entries
-        for number in range(bitmaps):
-            begin = number * ENTRIES_PER_BITMAP
-            entries[number] = self._bitmap(counts[begin : begin + ENTRIES_PER_BITMAP])
-        place = sink.append(Index(entries).encode(sink.location()))
-        return SpaceMapRoot(sink.size_blocks, used, place, overflow_root)
-
-    def _bitmap(self, counts: U32Array) -> tuple[int, int, int]:
-        """Write a bitmap; its record for the index."""
-        location = self._sink.location()
-        if counts is _NO_COUNTS:
-            block, figures = seal(bytearray(BLOCK_BYTES), BlockKind.BITMAP, location), (ENTRIES_PER_BITMAP, 0)
-        else:
-            block, figures = Bitmap(counts).encode(location), summary(counts)
-        self._sink.append(block)
-        return location, *figures
 
     def _superblock(
         self, mapping_root: int, details_root: int, data_space: SpaceMapRoot, metadata_space: SpaceMapRoot

@@ -23,7 +23,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import KEY_LIMIT, TREE_DEPTH_MAX, U32Array, U64Array
+from .layout import KEY_LIMIT, TREE_DEPTH_MAX, U8Array, U32Array, U64Array
 from .node import CAPACITY, Node
 from .node_batch import Leaves, ReadFault, fault_text, read_nodes
 from .problems import Affected, Fault, Place, Problem, Severity
@@ -113,6 +113,11 @@ class Survey:
         self._holes: set[int] = set()
         self._complaints: dict[tuple[Fault, int], int] = {}
         self.unread: set[Owner] = set()
+
+    @property
+    def owners(self) -> U8Array:
+        """The structure (`Owner`) of each block, shape (size_blocks,)."""
+        return self._owner
 
     # Problems
 

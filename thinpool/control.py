@@ -6,6 +6,7 @@ docs/control-api.md describes the API for programs in other languages.
 
     GET  /v1/server               who serves: pid, NBD URIs, connections
     POST /v1/operations/<name>    run one operation; the body is a JSON object of its parameters
+    POST /v1/metadata-snapshot    hold the metadata still until the client closes its connection
     POST /v1/disconnect           drop the NBD connections of one device: {"name": ...}
     POST /v1/stop                 begin to shut down: {"grace_seconds": ...}
 
@@ -32,6 +33,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from .errors import BadRequest, ExitCode, RemoteFailure, ServerStartFailed, ServerStopping, ThinPoolError
 from .operations import OperatedPool, as_leaf, execute
@@ -41,6 +43,7 @@ API_VERSION = 1
 BODY_BYTES_MAX = 1 << 20
 START_SECONDS = 10.0
 GRACE_SECONDS_MAX = 3600.0
+HOLD_POLL_SECONDS = 0.2
 STATUS_OF_EXIT_CODE = {
     ExitCode.USAGE: 400,
     ExitCode.NOT_FOUND: 404,
@@ -82,6 +85,35 @@ class JsonResponse(Response):
         return json.dumps(content).encode("ascii") + b"\n"
 
 
+class _UntilDisconnect(JsonResponse):
+    """Answers at once with one line and does not end before the client hangs up or the service stops.
+
+    The connection is what tells that the reader lives: however it ends, what it held is released.
+    """
+
+    def __init__(self, host: Host, content: Any) -> None:
+        super().__init__(content)
+        self._host = host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer and wait; see ASGI's HTTP events http.response.* and http.disconnect."""
+        try:
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            gone = asyncio.ensure_future(self._hung_up(receive))
+            while not gone.done() and not self._host.stopping:
+                await asyncio.wait([gone], timeout=HOLD_POLL_SECONDS)
+            gone.cancel()
+        finally:
+            # In this thread: once the service stops there may be no other that still would do it.
+            self._host.pool.metadata_readers.leave()
+
+    async def _hung_up(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -97,6 +129,12 @@ def application(host: Host) -> Starlette:
         name = request.path_params["name"]
         result = await run_in_threadpool(_execute, host, name, parameters)
         return JsonResponse({"version": API_VERSION, "result": result})
+
+    async def metadata_snapshot(_: Request) -> Response:
+        if host.stopping:
+            raise ServerStopping(host.pool_path)
+        reading = await run_in_threadpool(host.pool.metadata_readers.enter)
+        return _UntilDisconnect(host, {"version": API_VERSION, "result": reading})
 
     async def disconnect(request: Request) -> Response:
         name = (await _body(request)).get("name")
@@ -116,6 +154,7 @@ def application(host: Host) -> Starlette:
     routes = [
         Route("/v1/server", _answering(host, server), methods=["GET"]),
         Route("/v1/operations/{name}", _answering(host, operation), methods=["POST"]),
+        Route("/v1/metadata-snapshot", _answering(host, metadata_snapshot), methods=["POST"]),
         Route("/v1/disconnect", _answering(host, disconnect), methods=["POST"]),
         Route("/v1/stop", _answering(host, stop), methods=["POST"]),
         Route("/{rest:path}", _answering(host, _unknown), methods=["GET", "POST", "PUT", "DELETE", "PATCH"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,29 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.settimeout(ANSWER_SECONDS)
 
 
+class MetadataHold:
+    """The server keeps its metadata snapshot while this is open.
+
+    `held_root` is the snapshot's block, 0 where the pool does not change at all. `fresh`: taken just now.
+    """
+
+    def __init__(self, connection: _UnixConnection, held_root: int, *, fresh: bool) -> None:
+        self._connection = connection
+        self.held_root = held_root
+        self.fresh = fresh
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the server is still there and holding."""
+        poll = select.poll()
+        poll.register(self._connection.sock, select.POLLIN | select.POLLHUP)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """Let go."""
+        self._connection.close()
+
+
 class ControlClient:
     """Requests to the server of one pool, a connection each."""
 
@@ -61,6 +85,26 @@ class ControlClient:
     def disconnect(self, name: str) -> int:
         """Drop the NBD connections of a device; return how many there were."""
         return int(self._request("POST", "/v1/disconnect", {"name": name})["result"]["disconnected"])
+
+    def hold_metadata(self) -> MetadataHold:
+        """Have the server keep the metadata still until the result is closed. Raises what the server raises."""
+        connection = _UnixConnection(self._path)
+        try:
+            self._connect(connection)
+            try:
+                connection.request("POST", "/v1/metadata-snapshot", headers={"Content-Length": "0"})
+                response = connection.getresponse()
+                received = response.readline() if response.status < 300 else response.read()
+                document = json.loads(received)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise AnswerLostError from error
+            if response.status >= 300:
+                raise from_json(document)
+            result = document["result"]
+            return MetadataHold(connection, int(result["held_root"]), fresh=bool(result["fresh"]))
+        except BaseException:
+            connection.close()
+            raise
 
     def stop(self, grace_seconds: float | None) -> int:
         """Ask the server to stop; return its process id. It is still stopping when this returns."""

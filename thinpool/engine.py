@@ -123,23 +123,26 @@ class Engine:
             if self.writable:
                 self.commit()
 
-    def commit(self) -> CommitReport | None:
+    def commit(self, last_change: Callable[[], None] = lambda: None) -> CommitReport | None:
         """Commit the transaction in the contract's order; `transaction` is held.
 
-        None when only data had to be flushed. Any failure poisons the pool: the state on disk is the last
-        committed one, and a flush that failed once is never asked again as though it had not.
+        `last_change` may change the metadata in memory when the list of mappings is closed: nothing else comes after
+        it in this transaction. None when only data had to be flushed. Any failure poisons the pool: the state on disk
+        is the last committed one, and a flush that failed once is never asked again as though it had not.
         """
         try:
-            return self._commit()
+            return self._commit(last_change)
         except Exception as error:
             self.poison(error)
             raise
 
-    def _commit(self) -> CommitReport | None:
+    def _commit(self, last_change: Callable[[], None]) -> CommitReport | None:
         # Taken before the lists of mappings: a block handed out in between is looked at by the next commit.
         fresh = self.free.take_fresh()
         self.collect()
         self.data.flush()
+        with self.tree:
+            last_change()
         report = None
         if self.metadata.dirty:
             with self.tree:

@@ -8,7 +8,8 @@ and what people see (`cli/`). An operation looks the same whether it runs in the
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .catalog import Catalog
     from .device_diff import DiffPage
+    from .metadata_readers import MetadataReaders
     from .status import DeviceInfo, PoolStatus
 
 METADATA_BLOCK_BYTES = 4096
@@ -36,6 +38,7 @@ class OperatedPool(Protocol):
     """What operations need of a pool (`pool.Pool`, or a fake in tests)."""
 
     catalog: Catalog
+    metadata_readers: MetadataReaders
 
     def create_device(self, name: str, size_bytes: int) -> DeviceInfo:
         """Create an empty device."""
@@ -196,16 +199,23 @@ def check_request(name: str, parameters: object) -> Operation:
     return operation
 
 
-def execute(pool: OperatedPool, pool_path: str, name: str, parameters: Parameters) -> Result:
-    """Run one operation. Raises leaves of ThinPoolError, also for what the engine and the system raise."""
-    operation = check_request(name, parameters)
+@contextmanager
+def translating(pool_path: str) -> Iterator[None]:
+    """Inside, everything the engine and the system raise becomes a leaf of ThinPoolError (`as_leaf`)."""
     try:
-        return operation.run(pool, parameters)
+        yield
     except Exception as error:
         translated = as_leaf(error, pool_path)
         if translated is error:
             raise
         raise translated from error
+
+
+def execute(pool: OperatedPool, pool_path: str, name: str, parameters: Parameters) -> Result:
+    """Run one operation. Raises leaves of ThinPoolError, also for what the engine and the system raise."""
+    operation = check_request(name, parameters)
+    with translating(pool_path):
+        return operation.run(pool, parameters)
 
 
 def as_leaf(error: Exception, pool_path: str) -> Exception:
@@ -230,7 +240,14 @@ def as_leaf(error: Exception, pool_path: str) -> Exception:
 def _damage_classes() -> tuple[type[Exception], ...]:
     from metadata import errors as found
 
-    return (found.BlockDamaged, found.CountDamaged, found.MetadataTooShort, found.NotPoolMetadata)
+    return (
+        found.BlockDamaged,
+        found.CountDamaged,
+        found.DeviceIncomplete,
+        found.MetadataTooShort,
+        found.NotPoolMetadata,
+        found.ShortRead,
+    )
 
 
 def _os_leaf(error: OSError, pool_path: str) -> ThinPoolError:

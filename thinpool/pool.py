@@ -30,6 +30,7 @@ from .device_diff import DiffPage, compare
 from .dm_status import DmDevice, device_line, pool_line
 from .engine import Engine
 from .errors import BadSize, DeviceExists, DeviceInUse, DeviceReceiving, NoSuchDevice
+from .metadata_readers import MetadataReaders
 from .names import check_name
 from .pool_location import PoolLocation
 from .session import Session
@@ -55,6 +56,7 @@ class Pool:
         self.block_bytes = engine.block_bytes
         # Set where a command looks at a pool that nobody serves: its mode is what it would be if it were served.
         self.only_looking = False
+        self.metadata_readers = MetadataReaders(engine)
         self._held = held  # locks, released by closing
         self._closed = False
 

@@ -251,3 +251,48 @@ class PoolPoisoned(ThinPoolError):
             f"the pool refuses further changes after a failed commit: {escaped(self.reason)}; what was committed "
             "before is intact, stop and open the pool again"
         )
+
+
+@leaf(ExitCode.CONFLICT)
+class MetadataInUse(ThinPoolError):
+    """The kernel has a metadata device: an active LVM pool changes under any reader."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return (
+            f"{shown_path(self.path)} is in use by the kernel; deactivate its pool, or reserve a metadata snapshot "
+            "(`dmsetup message POOL 0 reserve_metadata_snap`) and read that with --metadata-snap"
+        )
+
+
+@leaf(ExitCode.CONFLICT)
+class TargetInUse(ThinPoolError):
+    """Something that is there already would be overwritten; `reason` completes "PATH ..."."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{shown_path(self.path)} {escaped(self.reason)}; nothing was written"
+
+
+@leaf(ExitCode.USAGE)
+class DumpUnusable(ThinPoolError):
+    """XML that cannot be restored."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot restore {shown_path(self.path)}: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.NOT_FOUND)
+class NoSnapshotHeld(ThinPoolError):
+    """--metadata-snap where the pool holds no metadata snapshot."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"pool {shown_path(self.path)} holds no metadata snapshot"

@@ -36,6 +36,11 @@ class PoolLocation:
         """A pool of two files or block devices, and a file that names its devices (`lvm_names.py`)."""
         return cls(metadata, data, None, names)
 
+    @classmethod
+    def metadata_alone(cls, path: Path, names: Path | None = None) -> PoolLocation:
+        """A metadata file or device by itself: enough to check, dump and repair it, not to open the pool."""
+        return cls(path, Path(os.devnull), None, names)
+
     def __str__(self) -> str:
         if self.root is not None:
             return str(self.root)

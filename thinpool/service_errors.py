@@ -147,3 +147,15 @@ class NotAttached(ThinPoolError):
 
     def __str__(self) -> str:
         return f"device {quoted(self.name)} is not attached on this machine"
+
+
+@leaf(ExitCode.SERVER)
+class MetadataChanged(ThinPoolError):
+    """The server that held the metadata still went away before it was read."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return (
+            f"the server of {shown_path(self.path)} stopped while its metadata was being read; read it again"
+        )

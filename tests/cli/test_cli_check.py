@@ -1,0 +1,329 @@
+"""check, dump and restore as users type them: on files, on idle and served pools, on damage; nothing written unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from metadata import FileStore, MemoryStore, PoolMetadata, recount
+from tests.fakes.dump_texts import IMAGES, our_dump
+from tests.fakes.metadata_edits import Image
+from tests.fakes.thin_tools import run_tool, thin_restore
+from tools.disk_client import DiskClient
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+BLOCK = 64 << 10
+
+
+def thinpool(
+    *arguments: object, code: int | None = 0, stdin: bytes | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    environment.pop("THINPOOL_POOL", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "thinpool", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        input=stdin or b"",
+        check=False,
+    )
+    text = subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+    assert code is None or text.returncode == code, text.stdout + text.stderr
+    assert "Traceback" not in text.stderr
+    return text
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def add_mappings(pool: Path) -> None:
+    """Give an idle pool a device of three leaves and a snapshot that changed in the first of them."""
+    thinpool("create", pool, "disk", "--size", "1G")
+    thinpool("snapshot", pool, "disk", "early")
+    metadata = PoolMetadata.open(FileStore(pool / "metadata", writable=True))
+    from tests.unit.test_metadata_recount import mappings
+
+    metadata.insert(1, *mappings(0, 600, 0, 1))
+    metadata.commit()
+    metadata.create_snapshot(7, 1)
+    metadata.insert(7, *mappings(3, 2, 1000, 2))
+    metadata.commit()
+    metadata.close()
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    path = tmp_path / "pool"
+    thinpool("init", path, "--size", "256M", "--metadata-size", "4M")
+    add_mappings(path)
+    return path
+
+
+@pytest.fixture
+def served(pool: Path):
+    thinpool("serve", pool, "--detach")
+    pid = json.loads(thinpool("status", pool, "--json").stdout)["server"]["pid"]
+    yield pool
+    if Path(f"/proc/{pid}").exists():
+        os.kill(pid, signal.SIGKILL)
+
+
+def spoil(path: Path, change) -> Image:
+    image = Image(path.read_bytes())
+    change(image)
+    path.write_bytes(image.image)
+    return image
+
+
+def break_leaf(image: Image) -> int:
+    leaf = image.leaves(image.root_of(1))[1]
+    image.image[leaf * 4096 + 100] ^= 4
+    return leaf
+
+
+def leak(image: Image) -> None:
+    block = image.free_block("data_space")
+    image.set_count("data_space", block, 1)
+
+
+# check
+
+
+def test_sound_pools_and_files(pool: Path):
+    for arguments in ([pool], [pool / "metadata"], ["--metadata", pool / "metadata"]):
+        assert thinpool("check", *arguments).stdout.endswith(": nothing is wrong\n")
+    assert thinpool("check", "-q", pool).stdout == ""
+    report = json.loads(thinpool("check", pool, "--json").stdout)
+    assert (report["errors"], report["leaks"], report["hints"], report["problems"]) == (0, 0, 0, [])
+    assert report["checked"] == "everything"
+
+
+def test_damage_is_said_with_names_ranges_and_advice(pool: Path):
+    image = Image((pool / "metadata").read_bytes())
+    leaf = break_leaf(image)
+    (pool / "metadata").write_bytes(image.image)
+    before = digest(pool / "metadata")
+    said = thinpool("check", pool, code=6).stdout
+    error, affects, advice = said.splitlines()[:3]
+    assert error.startswith("error: mappings of device 1, keys ")
+    assert f"block {leaf}: its checksum does not match" in error
+    assert "'disk' (device 1), blocks " in affects
+    assert "device 7, blocks " in affects
+    assert "MiB" in affects
+    assert "thinpool repair" in advice
+    problem = json.loads(thinpool("check", pool, "--json", code=6).stdout)["problems"][0]
+    assert problem["fault"] == "unreadable"
+    assert problem["path"][-1] == problem["block"] == leaf
+    assert {each["device_id"]: each["name"] for each in problem["affects"]} == {1: "disk", 7: None}
+    assert thinpool("check", pool, "-q", code=6).stdout == ""
+    # Nothing that needs the damaged block: nothing to complain of.
+    thinpool("check", pool, "--skip-mappings")
+    thinpool("check", pool, "--super-block-only")
+    thinpool("check", pool, "--auto-repair", "--clear-needs-check", code=6)
+    assert digest(pool / "metadata") == before
+
+
+def test_leaks_and_figures_are_repaired_when_asked(pool: Path):
+    metadata = pool / "metadata"
+    spoil(metadata, leak)
+    spoil(metadata, lambda image: image.set_superblock(flags=1))
+    details = Image(metadata.read_bytes()).superblock.details_root
+    spoil(metadata, lambda image: image.edit_values(details, lambda v: v["mapped_blocks"].__setitem__(0, 17)))
+    before = our_dump(MemoryStore(metadata.read_bytes())).replace(
+        'mapped_blocks="17"', 'mapped_blocks="600"', 1
+    )
+    spoiled = digest(metadata)
+    said = thinpool("check", pool, code=6).stdout
+    assert "1 leak" in said
+    assert "marked as needing a check" in said
+    thinpool("check", pool, "--ignore-non-fatal-errors")
+    assert (
+        "the mark that the pool needs a check stays"
+        in thinpool("check", pool, "--clear-needs-check", code=6).stdout
+    )
+    assert digest(metadata) == spoiled
+    said = thinpool("check", pool, "--auto-repair", "--clear-needs-check").stdout
+    assert "repaired: 1 leak" in said
+    assert "taken off" in said
+    assert recount(MemoryStore(metadata.read_bytes())) == []
+    assert our_dump(MemoryStore(metadata.read_bytes())) == before.replace('flags="1"', 'flags="0"')
+    thinpool("create", pool, "usable", "--size", "1M")
+    thinpool("check", pool)
+
+
+def test_a_damaged_space_map_is_counted_anew(pool: Path):
+    metadata = pool / "metadata"
+    location, _ = Image(metadata.read_bytes()).bitmap_of("data_space", 0)
+    before = our_dump(MemoryStore(metadata.read_bytes()))
+    spoil(metadata, lambda image: image.put(location, bytes(4096)))
+    thinpool("check", pool, code=6)
+    thinpool("check", pool, "--auto-repair")
+    assert recount(MemoryStore(metadata.read_bytes())) == []
+    assert our_dump(MemoryStore(metadata.read_bytes())) == before
+
+
+@pytest.mark.peer
+def test_debian_accepts_what_was_repaired(require_tool, pool: Path):
+    require_tool("thin_check")
+    spoil(pool / "metadata", leak)
+    thinpool("check", pool, "--auto-repair")
+    assert run_tool("thin_check", pool / "metadata") == (0, run_tool("thin_check", pool / "metadata")[1])
+
+
+def test_served_pool_is_checked_and_dumped_while_clients_write(served: Path):
+    stop = threading.Event()
+
+    def write() -> None:
+        with DiskClient(served / "nbd.sock", "disk") as disk:
+            number = 0
+            while not stop.is_set():
+                disk.write(number % 3000 * BLOCK, bytes([number % 255 + 1]) * 4096)
+                if number % 50 == 0:
+                    disk.flush()
+                number += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(3):
+            report = json.loads(thinpool("check", served, "--json").stdout)
+            assert report["problems"] == []
+            dumped = thinpool("dump", served).stdout
+            assert dumped.endswith("</superblock>\n")
+            assert 'nr_data_blocks="4096"' in dumped
+    finally:
+        stop.set()
+        writer.join()
+    # The snapshot of the metadata goes as soon as the server sees that the reader has gone.
+    for _ in range(100):
+        if json.loads(thinpool("status", served, "--json").stdout)["held_root"] == 0:
+            break
+    assert json.loads(thinpool("status", served, "--json").stdout)["held_root"] == 0
+    refused = thinpool("check", served, "--auto-repair", code=4)
+    assert "busy" in refused.stderr
+    assert thinpool("check", served / "metadata", code=4).stdout == ""
+    thinpool("stop", served)
+    thinpool("check", served)
+
+
+def test_a_metadata_snapshot_that_is_there_is_respected(pool: Path):
+    metadata = PoolMetadata.open(FileStore(pool / "metadata", writable=True))
+    metadata.reserve_metadata_snapshot()
+    metadata.commit()
+    metadata.create_device(99)
+    metadata.commit()
+    metadata.close()
+    thinpool("serve", pool, "--detach")
+    try:
+        report = json.loads(thinpool("check", pool, "--json").stdout)
+        assert report["checked"] == "the metadata snapshot"
+        assert "was there before" in report["remark"]
+        assert 'dev_id="99"' not in thinpool("dump", pool).stdout
+        assert json.loads(thinpool("status", pool, "--json").stdout)["held_root"] != 0
+    finally:
+        thinpool("stop", pool)
+    assert 'dev_id="99"' in thinpool("dump", pool).stdout
+    assert 'dev_id="99"' not in thinpool("dump", "-m", pool).stdout
+    thinpool("check", "-m", pool)
+
+
+# dump and restore
+
+
+@pytest.mark.peer
+def test_dump_is_that_of_thin_dump(require_tool, pool: Path, tmp_path: Path):
+    require_tool("thin_dump")
+    _, expected = run_tool("thin_dump", pool / "metadata")
+    assert thinpool("dump", pool).stdout == expected
+    thinpool("dump", pool, "-o", tmp_path / "x.xml")
+    assert (tmp_path / "x.xml").read_text() == expected
+    _, one = run_tool("thin_dump", "--dev-id", "7", "--skip-mappings", pool / "metadata")
+    assert thinpool("dump", pool, "--dev-id", 7, "--skip-mappings").stdout == one
+
+
+def test_dump_of_damage_leaves_no_file(pool: Path, tmp_path: Path):
+    spoil(pool / "metadata", break_leaf)
+    done = thinpool("dump", pool, "-o", tmp_path / "x.xml", code=6)
+    assert "damaged" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
+    assert "no metadata snapshot" in thinpool("dump", "-m", pool, code=3).stderr
+
+
+def test_restore_into_files_and_pools(pool: Path, tmp_path: Path):
+    text = thinpool("dump", pool).stdout
+    image = tmp_path / "new"
+    thinpool("restore", "-i", "-", "-o", image, stdin=text.encode())
+    assert our_dump(FileStore(image, writable=False)) == text
+    assert recount(FileStore(image, writable=False)) == []
+    before = digest(image)
+    assert "--force" in thinpool("restore", "-i", "-", "-o", image, stdin=text.encode(), code=4).stderr
+    assert digest(image) == before
+    thinpool("restore", "-i", "-", "-o", image, "--force", "--metadata-size", "3M", stdin=text.encode())
+    assert image.stat().st_size == 3 << 20
+    old = digest(pool / "metadata")
+    said = json.loads(thinpool("restore", "-i", "-", "-o", pool, "--json", stdin=text.encode()).stdout)
+    assert digest(Path(said["kept"])) == old
+    assert thinpool("dump", pool).stdout == text
+    thinpool("check", pool)
+    names = {device["name"] for device in json.loads(thinpool("list", pool, "--json").stdout)["devices"]}
+    assert names == {"disk", "early", "thin-7"}
+
+
+BAD_XML = [
+    b"",
+    b"<superblock",
+    b"not xml at all",
+    IMAGES["small with holes"].replace('data_begin="0"', 'data_begin="199999"').encode(),
+    IMAGES["small with holes"].replace('data_block_size="128"', 'data_block_size="100"').encode(),
+    IMAGES["small with holes"].replace('length="10"', 'length="ten"').encode(),
+    IMAGES["small with holes"].replace("</superblock>", "").encode(),
+]
+
+
+@pytest.mark.parametrize("text", BAD_XML, ids=range(len(BAD_XML)))
+def test_bad_xml_is_one_sentence_and_leaves_nothing(pool: Path, tmp_path: Path, text: bytes):
+    before = digest(pool / "metadata")
+    done = thinpool("restore", "-i", "-", "-o", tmp_path / "new", stdin=text, code=2)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    thinpool("restore", "-i", "-", "-o", pool, stdin=text, code=2)
+    assert digest(pool / "metadata") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"pool"}
+    assert not list(pool.glob("metadata.before*"))
+
+
+def test_refusals(pool: Path, served: Path, tmp_path: Path):
+    text = IMAGES["empty"].encode()
+    assert "in use" in thinpool("restore", "-i", "-", "-o", served, stdin=text, code=4).stderr
+    thinpool("restore", "-i", tmp_path / "none.xml", "-o", tmp_path / "new", code=3)
+    thinpool("restore", "-i", "-", "-o", tmp_path / "none" / "new", stdin=text, code=3)
+    thinpool("restore", "-i", "-", "-o", tmp_path / "new", "--metadata-size", "4K", stdin=text, code=2)
+    thinpool("check", tmp_path / "none", code=3)
+    thinpool("check", code=2)
+    thinpool("check", served, "--metadata", "x", code=2)
+    thinpool("check", served, "--auto-repair", "--skip-mappings", code=2)
+    (tmp_path / "foreign").write_bytes(b"x" * 8192)
+    (tmp_path / "short").write_bytes(b"x")
+    for name in ("foreign", "short"):
+        for command in ("check", "dump"):
+            thinpool(command, tmp_path / name, code=6)
+
+
+@pytest.mark.peer
+def test_restore_reads_what_debian_writes(require_tool, tmp_path: Path):
+    require_tool("thin_restore")
+    made = tmp_path / "debian"
+    thin_restore(IMAGES["six devices naming the same blocks"], made, blocks=3000)
+    _, text = run_tool("thin_dump", made)
+    thinpool("restore", "-i", "-", "-o", tmp_path / "ours", stdin=text.encode())
+    code, again = run_tool("thin_dump", tmp_path / "ours")
+    assert (code, again) == (0, text)
