@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,29 +20,40 @@ from metadata import FileStore, MemoryStore, PoolMetadata, recount
 from tests.fakes.dump_texts import IMAGES, our_dump
 from tests.fakes.metadata_edits import Image
 from tests.fakes.thin_tools import run_tool, thin_restore
+from thinpool.cli import cli
+from thinpool.cli.report import run_reporting
 from tools.disk_client import DiskClient
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 BLOCK = 64 << 10
 
 
-def thinpool(
-    *arguments: object, code: int | None = 0, stdin: bytes | None = None
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    environment.pop("THINPOOL_POOL", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "thinpool", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        timeout=60,
-        input=stdin or b"",
-        check=False,
-    )
-    text = subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-    assert code is None or text.returncode == code, text.stdout + text.stderr
-    assert "Traceback" not in text.stderr
-    return text
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    stdout: str
+    stderr: str
+
+
+def thinpool(*arguments: object, code: int = 0, stdin: bytes = b"") -> Done:
+    """Run a command in this process, as `main` would; a server is started as its own process."""
+    words = [str(argument) for argument in arguments]
+    if words[0] == "serve":
+        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        subprocess.run([sys.executable, "-m", "thinpool", *words], env=environment, check=True, timeout=200)
+        return Done("", "")
+    streams = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2)]
+    given = io.TextIOWrapper(io.BytesIO(stdin))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("THINPOOL_POOL", raising=False)
+        patch.setattr(sys, "stdin", given)
+        with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+            ended = run_reporting(cli, words)
+    said = [stream.buffer.getvalue().decode() for stream in streams]  # type: ignore[attr-defined]
+    assert ended == code, said
+    assert "internal error" not in said[1]
+    return Done(*said)
 
 
 def digest(path: Path) -> str:
