@@ -25,6 +25,7 @@ from .handshake import ServerHandshake
 from .limits import Limits
 from .link import PlainLink
 from .payload_memory import PayloadMemory
+from .shared_loop import SharedLoop
 from .stalled import Parking
 from .terms import Terms
 from .tls import ServerTls
@@ -45,6 +46,7 @@ class Services:
     exports: ExportDirectory
     limits: Limits
     activity: Activity
+    shared: SharedLoop
     memory: PayloadMemory
     parking: Parking
     access: Access
@@ -254,7 +256,7 @@ class Connection:
             )
         executor = Executor(link, terms, services.activity, services.memory, limits, pending=pending)
         try:
-            transmit(link, terms, executor, services.activity, limits)
+            transmit(link, terms, executor, services.activity, limits, shared=services.shared)
             self._close_politely()
         finally:
             link.close()

@@ -31,7 +31,8 @@ class Link(Protocol):
     use after short replies and may wait some microseconds for more. `send_some` passes a list of at most
     IOV_MAX buffers on and returns how many bytes it took. `finish` sends what is left of a list after `sent`
     bytes; it calls `release` as soon as no buffer of the list is needed any longer. `fast_read_max` is the
-    longest read whose data may be handed over in one list.
+    longest read whose data may be handed over in one list. `direct` is the socket, where the stream is nothing
+    but that, so that the shared loop may use it; `token` then stands for the connection in `Activity.working`.
     """
 
     receive: Callable[[memoryview], int]
@@ -39,6 +40,8 @@ class Link(Protocol):
     send_some: Callable[[list[Buffer]], int]
     fast_read_max: int
     copies: bool
+    direct: socket.socket | None
+    token: object
 
     def finish(self, parts: Sequence[Buffer], sent: int, release: Callable[[], None]) -> None:
         """Send the rest; raises SendFault or OSError."""
@@ -62,6 +65,8 @@ class PlainLink:
         self._parking = parking
         self._waiting = Waiting(sock, activity, spin_seconds)
         self.fast_read_max: int = read_max
+        self.direct: socket.socket | None = sock
+        self.token: object = self._waiting
         self.send_some: Callable[[list[Buffer]], int] = sock.sendmsg
         self.receive: Callable[[memoryview], int] = self._waiting.receiver()
         self.gather: Callable[[memoryview], int] = self._waiting.gatherer()

@@ -23,6 +23,7 @@ from .limits import Limits
 from .listeners import Listener, adopted_socket, tcp_listeners, unix_listener
 from .log_limit import LogLimit
 from .payload_memory import PayloadMemory
+from .shared_loop import SharedLoop
 from .stalled import Parking
 from .tls import ServerTls
 
@@ -47,10 +48,12 @@ class Server:
     ) -> None:
         limits = limits or Limits()
         self._activity = Activity()
+        self._shared = SharedLoop(self._activity, limits.spin_seconds)
         self._services = Services(
             exports=exports,
             limits=limits,
             activity=self._activity,
+            shared=self._shared,
             memory=PayloadMemory(
                 buffer_bytes=limits.whole_payload_bytes, total_bytes=limits.payload_memory_bytes
             ),
@@ -188,6 +191,7 @@ class Server:
         for connection in left:
             connection.drop()
         if self._table.wait_for(left, _END_SECONDS):
+            self._shared.close()
             self._activity.close()
 
     def _wait_until_quiet(self, end: float) -> None:

@@ -7,6 +7,7 @@ change of keys): neither may keep what is here from being answered, or a stoppin
 """
 
 import select
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,7 @@ class TlsLink:
     """A TLS socket after its handshake; `release` lets go of what the session pinned, copies need no pin."""
 
     copies: bool = True
+    direct: socket.socket | None = None
     fast_read_max: int = 256 * KIB
 
     def __init__(
@@ -36,6 +38,7 @@ class TlsLink:
         self._socket = sock
         self._release = release
         self._waiting = Waiting(sock, activity, spin_seconds)
+        self.token: object = self._waiting
         self._writable = select.poll()
         self._writable.register(sock, select.POLLOUT)
         self.receive: Callable[[memoryview], int] = self._receive

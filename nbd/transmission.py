@@ -16,6 +16,7 @@ House rules of the loop: locals only, prepacked structs, no logging, no exceptio
 reply itself on the normal path.
 """
 
+import contextlib
 import errno
 from collections.abc import Callable
 from typing import TypeAlias
@@ -37,6 +38,8 @@ from .execution import Executor
 from .limits import Limits
 from .link import IOV_MAX, Link
 from .send_fault import Batch, recover
+from .shared_loop import SharedLoop
+from .shift import TURN_BYTES_MAX, Shift
 from .terms import Terms
 from .wire import (
     EXTENDED_REQUEST,
@@ -64,6 +67,9 @@ _MIXED_HOLE_BYTES_MIN = 65536
 # After a batch with no more reply bytes than this, more requests may be let gather.
 _SHORT_REPLIES_BYTES_MAX = 16384
 
+# How long a connection stays with its own thread after the shared loop had to give it back.
+_BY_ITSELF_BATCHES = 32
+
 # Remainders up to this size are moved to the front of the buffer without much thought.
 _SMALL_MOVE_BYTES = 8192
 
@@ -88,23 +94,50 @@ _EXTENDED_NONE = hot_kind(EXTENDED_REPLY_MAGIC, CHUNK_DONE, ChunkType.NONE)
 Apply: TypeAlias = Callable[[list[Buffer], int, int], tuple[int, int, int, OSError | None]]
 
 
-def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
-    link: Link, terms: Terms, executor: Executor, activity: Activity, limits: Limits
+def transmit(
+    link: Link,
+    terms: Terms,
+    executor: Executor,
+    activity: Activity,
+    limits: Limits,
+    *,
+    shared: SharedLoop | None = None,
 ) -> None:
     """Serve requests until the client is done.
 
     Returns after DISC and at an end of the stream between two requests; raises ConnectionEnded where it ends
     inside a request, RemoteProtocolError where the client breaks the framing, OSError where the stream fails.
-    `executor.have` bytes are already in `executor.buffer` when this is called.
+    `executor.have` bytes are already in `executor.buffer` when this is called. `shared` is the loop that serves
+    connections together where many are busy.
     """
+    with contextlib.suppress(EndOfRequests):
+        _transmit(link, terms, executor, activity, limits, shared)
+
+
+def _transmit(  # noqa: PLR0912, PLR0917 -- one loop, kept in one piece
+    link: Link,
+    terms: Terms,
+    executor: Executor,
+    activity: Activity,
+    limits: Limits,
+    shared: SharedLoop | None,
+) -> None:
     receive, gather, send_some, finish = link.receive, link.gather, link.send_some, link.finish
     sent = terms.session.sent
     view, capacity = executor.view, len(executor.buffer)
     head = EXTENDED_REQUEST.size if terms.extended else REQUEST.size
-    kind = _extended if terms.extended else _structured if terms.structured else _simple
-    apply = kind(terms, executor, min(link.fast_read_max, terms.read_bytes_max), limits.batch_bytes)
+    apply = _applier(link, terms, executor, limits)
+    shift = None if shared is None or link.direct is None else Shift(shared, link, executor, head)
     pos, have, need, total = 0, executor.have, head, 0
+    # Bytes that the last batch received and sent; batches for which the connection stays with its own thread.
+    moved = by_itself = 0
     while True:
+        if by_itself:
+            by_itself -= 1
+        elif shift is not None and have == pos and moved <= TURN_BYTES_MAX and shift.wanted():
+            pos, have, need = _stay(shift, apply, link, executor)
+            by_itself = _BY_ITSELF_BATCHES
+            continue
         while need > have - pos:
             if pos:
                 rest = have - pos
@@ -121,15 +154,14 @@ def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
             else:
                 count = receive(view[have:])
             if not count:
-                if have > pos:
-                    raise ConnectionEnded
-                return
+                raise ConnectionEnded if have > pos else EndOfRequests
             have += count
         if activity.stopping:
             apply = _nothing
         parts: list[Buffer] = []
         first = pos
         pos, total, need, failure = apply(parts, pos, have)
+        moved = total + pos - first
         if parts:
             try:
                 count = send_some(parts) if len(parts) <= IOV_MAX else 0
@@ -139,11 +171,35 @@ def transmit(  # noqa: PLR0912 -- one loop, kept in one piece
                 _repair(problem, link, Batch(parts, 0, view[first:pos]), executor)
         sent()
         if not need or need > capacity:
-            try:
-                pos, have = executor.handle(pos, have, failure)
-            except EndOfRequests:
-                return
+            pos, have = executor.handle(pos, have, failure)
             need = head
+
+
+def _applier(link: Link, terms: Terms, executor: Executor, limits: Limits) -> Apply:
+    kind = _extended if terms.extended else _structured if terms.structured else _simple
+    return kind(terms, executor, min(link.fast_read_max, terms.read_bytes_max), limits.batch_bytes)
+
+
+def _stay(shift: Shift, apply: Apply, link: Link, executor: Executor) -> tuple[int, int, int]:
+    """Be served by the shared loop, then do what it left: the rest of a batch, what went wrong, a slow request.
+
+    Returns the bounds of what is in the buffer and the bytes needed next.
+    """
+    shift.stay(apply)
+    if shift.ended:
+        raise ConnectionEnded if shift.have > shift.pos else EndOfRequests
+    sent = executor.terms.session.sent
+    try:
+        if shift.problem is not None:
+            raise shift.problem
+        if shift.parts:
+            link.finish(shift.parts, shift.count, sent)
+    except (SendFault, OSError) as problem:
+        _repair(problem, link, Batch(shift.parts, 0, executor.view[shift.first : shift.pos]), executor)
+    sent()
+    if shift.need and shift.need <= len(executor.buffer):
+        return shift.pos, shift.have, shift.need
+    return *executor.handle(shift.pos, shift.have, shift.failure), shift.head
 
 
 def _repair(problem: SendFault | OSError, link: Link, batch: Batch, executor: Executor) -> None:
