@@ -53,9 +53,13 @@ class Process:
             text=True,
         )
         end = monotonic() + 20
-        while not self.path.exists():
+        while not self._listens():  # the path is there a moment before it listens
             assert monotonic() < end
             sleep(0.02)
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.path)) == 0
 
     def client(self) -> Client:
         return Client.connect(unix_uri(self.path, "disk"))
