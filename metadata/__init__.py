@@ -26,6 +26,7 @@ from .errors import (
     ReadOnlyMetadata,
     RestoreInvalid,
     ShortRead,
+    SuperblockLost,
     UnsupportedPool,
     XmlInvalid,
 )
@@ -36,6 +37,7 @@ from .pool_build import BuildReport
 from .pool_metadata import LeafView, PoolMetadata, Usage
 from .problems import Affected, Fault, Place, Problem, Severity
 from .recount import Extent, recount
+from .repair import DeviceOutcome, Known, Outcome, RepairReport, repair
 from .restore import restore
 from .store import BlockStore, FileStore, MemoryStore
 from .superblock import Superblock
@@ -57,11 +59,13 @@ __all__ = [
     "Damage",
     "DeviceExists",
     "DeviceIncomplete",
+    "DeviceOutcome",
     "DeviceRecord",
     "Difference",
     "Extent",
     "Fault",
     "FileStore",
+    "Known",
     "LeafView",
     "MemoryStore",
     "MetadataError",
@@ -72,16 +76,19 @@ __all__ = [
     "NoSuchDevice",
     "NotPoolMetadata",
     "OutOfRange",
+    "Outcome",
     "OverlayStore",
     "Place",
     "PoolMetadata",
     "PreparedCommit",
     "Problem",
     "ReadOnlyMetadata",
+    "RepairReport",
     "RestoreInvalid",
     "Severity",
     "ShortRead",
     "Superblock",
+    "SuperblockLost",
     "UnsupportedPool",
     "Usage",
     "XmlInvalid",
@@ -94,6 +101,7 @@ __all__ = [
     "mendable",
     "pack_mapping",
     "recount",
+    "repair",
     "restore",
     "snapshot_as_pool",
     "unpack_mapping",

@@ -241,6 +241,16 @@ class ShortRead(MetadataError):
 
 
 @dataclass(eq=False)
+class SuperblockLost(MetadataError):
+    """A repair without a superblock needs to be told what only the superblock knew."""
+
+    needed: str
+
+    def __str__(self) -> str:
+        return f"the superblock of the pool is lost; a repair has to be told {self.needed}"
+
+
+@dataclass(eq=False)
 class XmlInvalid(MetadataError):
     """A dump in XML cannot be read."""
 

@@ -33,7 +33,7 @@ from metadata import (
 from metadata.superblock import read_superblock
 from metadata.xml import ByteStream
 
-from .errors import BadSize, DumpUnusable, MetadataSpace, PoolBusy, TargetInUse
+from .errors import BadSize, DirectoryMissing, DumpUnusable, MetadataSpace, PoolBusy, TargetInUse
 from .opening import METADATA_BLOCKS_MIN, default_metadata_bytes
 from .operations import METADATA_BLOCK_BYTES
 from .pool_location import PoolLocation
@@ -178,6 +178,8 @@ def _beside(target: MetadataTarget, size_bytes: int) -> Iterator[TargetStore]:
     if not (1 if target.size_bytes is None else METADATA_BLOCKS_MIN) <= blocks <= METADATA_BLOCKS_MAX:
         raise BadSize(str(target.size_bytes or size_bytes), "metadata is 2 MiB to 15.875 GiB")
     path = target.path
+    if not path.parent.is_dir():
+        raise DirectoryMissing(str(path.parent))
     building = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(building, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     store: TargetStore | None = None

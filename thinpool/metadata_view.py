@@ -72,15 +72,19 @@ class MetadataView:
 
 
 @contextmanager
-def view_metadata(location: PoolLocation, *, snapshot: bool = False) -> Iterator[MetadataView]:
+def view_metadata(
+    location: PoolLocation, *, snapshot: bool = False, damaged: bool = False
+) -> Iterator[MetadataView]:
     """The metadata of `location`, still until the end of the block; `snapshot`: its metadata snapshot.
+
+    `damaged`: also what does not look like a pool any more.
 
     Raises PoolNotFound, NotAPool, PoolBusy, MetadataInUse, and MetadataChanged at the end where the state did not hold.
     """
     location.require()
     hold = _hold(location)
     if hold is None:
-        with translating(str(location)), _view_idle(location, snapshot=snapshot) as view:
+        with translating(str(location)), _view_idle(location, snapshot=snapshot, damaged=damaged) as view:
             yield view
         return
     try:
@@ -119,13 +123,13 @@ def _hold(location: PoolLocation) -> MetadataHold | None:
 
 
 @contextmanager
-def _view_idle(location: PoolLocation, *, snapshot: bool) -> Iterator[MetadataView]:
+def _view_idle(location: PoolLocation, *, snapshot: bool, damaged: bool) -> Iterator[MetadataView]:
     lock = _lock(location, shared=True)
     try:
         if not snapshot:
             _refuse_active(location)
         with _open(location) as store:
-            yield _described(location, _view_store(store, snapshot=snapshot))
+            yield _described(location, _view_store(store, snapshot=snapshot), damaged=damaged)
     finally:
         lock.close()
 
@@ -192,13 +196,14 @@ def _view_served(
     return _described(location, view), hold
 
 
-def _described(location: PoolLocation, view: MetadataView) -> MetadataView:
+def _described(location: PoolLocation, view: MetadataView, *, damaged: bool = False) -> MetadataView:
     """The view, with names and what its superblock says. Raises NotAPool where there is no pool at all."""
     present: set[int] = set()
     try:
         superblock = read_superblock(view.store)
     except NotPoolMetadata as error:
-        raise NotAPool(str(location.metadata_path), str(error)) from error
+        if not damaged:
+            raise NotAPool(str(location.metadata_path), str(error)) from error
     except (MetadataError, OSError):
         pass  # a damaged superblock is for the reader to describe
     else:

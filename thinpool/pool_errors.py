@@ -296,3 +296,13 @@ class NoSnapshotHeld(ThinPoolError):
 
     def __str__(self) -> str:
         return f"pool {shown_path(self.path)} holds no metadata snapshot"
+
+
+@leaf(ExitCode.NOT_FOUND)
+class DirectoryMissing(ThinPoolError):
+    """A new file was to be made in a directory that is not there."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"there is no directory {shown_path(self.path)}"

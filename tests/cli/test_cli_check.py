@@ -341,3 +341,60 @@ def test_restore_reads_what_debian_writes(require_tool, tmp_path: Path):
     thinpool("restore", "-i", "-", "-o", tmp_path / "ours", stdin=text.encode())
     code, again = run_tool("thin_dump", tmp_path / "ours")
     assert (code, again) == (0, text)
+
+
+# repair
+
+
+def test_repair_of_a_sound_pool_is_a_copy(pool: Path, tmp_path: Path):
+    before = digest(pool / "metadata")
+    said = thinpool("repair", pool, tmp_path / "new").stdout
+    assert "3 of 3 devices complete" in said
+    assert digest(pool / "metadata") == before
+    assert our_dump(FileStore(tmp_path / "new", writable=False)) == thinpool("dump", pool).stdout
+
+
+def test_repair_says_what_each_device_lost(pool: Path, tmp_path: Path):
+    image = Image((pool / "metadata").read_bytes())
+    break_leaf(image)
+    (pool / "metadata").write_bytes(image.image)
+    before = digest(pool / "metadata")
+    new = tmp_path / "new"
+    said = thinpool("repair", pool, new, code=6).stdout
+    assert "'disk' (device 1) has lost blocks" in said
+    assert "lost, if it was written: blocks " in said
+    assert "'early' (device 2) is complete" in said
+    assert digest(pool / "metadata") == before
+    assert recount(FileStore(new, writable=False)) == []
+    thinpool("check", new)
+    new.unlink()
+    report = json.loads(thinpool("repair", pool, new, "--json", code=6).stdout)
+    lost = {each["device_id"]: each["lost"] for each in report["devices"]}
+    assert lost[2] == []
+    assert lost[1] == lost[7] != []
+    assert not report["lossless"]
+
+
+def test_repair_without_a_superblock(pool: Path, tmp_path: Path):
+    text = thinpool("dump", pool).stdout
+    spoil(pool / "metadata", lambda image: image.put(0, bytes(4096)))
+    refused = thinpool("repair", pool, tmp_path / "new", code=6)
+    assert "--data-block-size" in refused.stderr
+    assert not (tmp_path / "new").exists()
+    transaction = text.split('transaction="')[1].split('"')[0]
+    options = ["--data-block-size", "64K", "--transaction-id", transaction]
+    assert "superblock is lost" in thinpool("repair", pool, tmp_path / "new", *options).stdout
+    assert our_dump(FileStore(tmp_path / "new", writable=False)) == text
+
+
+def test_repair_refuses_to_write_to_its_source(pool: Path, tmp_path: Path):
+    before = digest(pool / "metadata")
+    for target in (pool, pool / "metadata"):
+        assert "another file" in thinpool("repair", pool, target, "--force", code=4).stderr
+    (tmp_path / "link").symlink_to(pool / "metadata")
+    thinpool("repair", pool, tmp_path / "link", "--force", code=4)
+    thinpool("repair", tmp_path / "none", tmp_path / "new", code=3)
+    thinpool("repair", pool, tmp_path / "none" / "new", code=3)
+    thinpool("repair", pool, tmp_path / "new", "--data-block-size", "1000", code=2)
+    assert digest(pool / "metadata") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"pool", "link"}

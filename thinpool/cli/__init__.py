@@ -37,6 +37,7 @@ COMMANDS = {
     "check": "checking",
     "dump": "dumping",
     "restore": "dumping",
+    "repair": "repairing",
     "attach": "attaching",
     "detach": "attaching",
     "completion": "shells",

@@ -1,0 +1,309 @@
+# ruff: noqa: EM101, TRY003 -- what is passed to an error is a field, the sentence is made when it is printed
+"""Making a sound pool of everything that can be read of a damaged one, and saying what could not.
+
+In: which trees there are, what devices they belong to, writing them into another store. Out: reading one tree
+(tree_salvage), looking for lost nodes and roots (lost_nodes), the format of new pools (pool_build).
+
+The source is only read. A device whose nodes are all intact comes out complete, whatever happened to others, to the
+space maps, to the trees that list devices, or to the superblock. Nothing is made up: what a damaged node held is taken
+from nodes that the space map still counts as used and that nothing else accounts for, or it is reported as lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import numpy as np
+
+from .checksum import BlockKind, sniff
+from .errors import MetadataError, SuperblockLost
+from .layout import (
+    DATA_BLOCK_LIMIT,
+    DEVICE_ID_LIMIT,
+    KEY_LIMIT,
+    SUPERBLOCK_LOCATION,
+    TIME_BITS,
+    TIME_LIMIT,
+    U64Array,
+)
+from .lost_nodes import LostNodes, PoolRoots, find_roots
+from .pool_build import BuildReport, PoolBuilder, PoolFields
+from .store import BlockStore
+from .superblock import SpaceMapRoot, Superblock, read_superblock
+from .tree_salvage import Substitutes, TreeSalvage
+from .walk import salvage
+
+_TIME_MASK = np.uint64(TIME_LIMIT - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the operator knows of a pool whose superblock is lost; overrules what is found."""
+
+    data_block_sectors: int | None = None
+    data_blocks: int | None = None
+    transaction_id: int | None = None
+
+
+class Outcome(Enum):
+    """How a device came out; the value completes "device 3 ..."."""
+
+    WHOLE = "is complete"
+    FOUND = "is complete; its tree was found by scanning"
+    GUESSED = "was found by scanning; which device it is, is a guess"
+    SUSPECT = "can be read, but its record tells another number of blocks"
+    DAMAGED = "has lost blocks"
+    GONE = "is lost"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOutcome:
+    """One device. `recorded_blocks`: what its record says, None where that is lost. `lost`: half-open, at most."""
+
+    device: int
+    outcome: Outcome
+    mapped_blocks: int
+    recorded_blocks: int | None
+    lost: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What came of it. `remarks`: what else was lost or had to be assumed."""
+
+    devices: tuple[DeviceOutcome, ...]
+    remarks: tuple[str, ...]
+    built: BuildReport
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every device is complete and certain."""
+        return all(each.outcome in (Outcome.WHOLE, Outcome.FOUND) for each in self.devices)
+
+
+def repair(source: BlockStore, target: BlockStore, known: Known | None = None) -> RepairReport:
+    """Write everything that can be saved of `source` over the whole of `target`.
+
+    Raises:
+        SuperblockLost: it is, and `known` does not tell the size of data blocks.
+        OutOfRange: the size of data blocks is impossible.
+        MetadataFull: the target is too small.
+        OSError: the target cannot be written. What cannot be read of the source is lost, not an error.
+    """
+    return _Repair(source, known or Known()).run(target)
+
+
+@dataclass(slots=True)
+class _Device:
+    root: int | None
+    record: tuple[int, int, int, int] | None
+    outcome: Outcome = Outcome.WHOLE
+    substitutes: Substitutes = field(default_factory=dict)
+
+
+class _Repair:
+    def __init__(self, source: BlockStore, known: Known) -> None:
+        self._source = source
+        self._known = known
+        self._remarks: list[str] = []
+        self._devices: dict[int, _Device] = {}
+        self._highest = 0
+
+    def run(self, target: BlockStore) -> RepairReport:
+        superblock = self._superblock()
+        self._list_devices(superblock)
+        self._look_for_the_lost(superblock)
+        data_blocks = superblock.data_space.blocks
+        if not data_blocks:
+            data_blocks = self._highest + 1
+            self._remarks.append(
+                f"the size of the data is not known; {data_blocks} blocks are in use at least"
+            )
+        fields = PoolFields(
+            superblock.data_block_sectors,
+            data_blocks,
+            superblock.time,
+            superblock.transaction_id,
+            uuid=superblock.uuid,
+        )
+        builder = PoolBuilder(target, fields)
+        outcomes = [self._copy(builder, number, fields) for number in sorted(self._devices)]
+        return RepairReport(tuple(outcomes), tuple(self._remarks), builder.finish())
+
+    # Superblock
+
+    def _superblock(self) -> Superblock:
+        known = self._known
+        try:
+            found = read_superblock(self._source)
+        except (MetadataError, OSError) as error:
+            self._remarks.append(f"the superblock is lost: {error}")
+            found = self._found_superblock()
+        blocks = found.data_space.blocks if known.data_blocks is None else known.data_blocks
+        return replace(
+            found,
+            data_block_sectors=known.data_block_sectors or found.data_block_sectors,
+            data_space=replace(found.data_space, blocks=min(blocks, DATA_BLOCK_LIMIT)),
+            transaction_id=found.transaction_id if known.transaction_id is None else known.transaction_id,
+            time=min(found.time, TIME_LIMIT - 1),
+        )
+
+    def _found_superblock(self) -> Superblock:
+        """A superblock around the trees that a scan finds."""
+        base = self._held_superblock()
+        if base is None and self._known.data_block_sectors is None:
+            raise SuperblockLost("the size of its data blocks")
+        roots = find_roots(self._source)
+        if roots.candidates > 1:
+            self._remarks.append(
+                f"{roots.candidates} complete sets of trees were found; the one that looks newest is used"
+            )
+        return _made_superblock(base, roots, self._known.data_block_sectors or 0)
+
+    def _held_superblock(self) -> Superblock | None:
+        """The copy that a metadata snapshot keeps: sizes and ids, of some time ago."""
+        for location in range(1, self._source.size_blocks()):
+            try:
+                raw = self._source.read(location, 1)
+                if sniff(raw) is BlockKind.SUPERBLOCK:
+                    return Superblock.unpack(raw, location)
+            except (MetadataError, OSError):
+                continue
+        return None
+
+    # Devices
+
+    def _list_devices(self, superblock: Superblock) -> None:
+        ids, roots, all_roots = salvage(self._source, 8, superblock.mapping_root)
+        record_ids, records, all_records = salvage(self._source, 24, superblock.details_root)
+        if not all_roots:
+            self._remarks.append("the tree that lists the devices' mappings is damaged")
+        if not all_records:
+            self._remarks.append(
+                "the tree of device records is damaged; where one is lost its times are set anew"
+            )
+        for device, root in zip(ids.tolist(), roots.tolist(), strict=True):
+            self._devices[device] = _Device(root, None)
+        for device, record in zip(record_ids.tolist(), records.tolist(), strict=True):
+            self._devices.setdefault(device, _Device(None, None)).record = record
+        for device in [device for device in self._devices if device >= DEVICE_ID_LIMIT]:
+            self._remarks.append(f"device {device} has an impossible number and is left out")
+            del self._devices[device]
+
+    def _look_for_the_lost(self, superblock: Superblock) -> None:
+        """Roots of devices without one, and what damaged nodes led to."""
+        trees = {number: device.root for number, device in self._devices.items() if device.root is not None}
+        lost = LostNodes(self._source, superblock, trees)
+        wanted = {
+            number: device.record[0]
+            for number, device in self._devices.items()
+            if device.root is None and device.record is not None
+        }
+        complete = salvage(self._source, 8, superblock.mapping_root)[2]
+        if wanted or not complete:
+            self._adopt_roots(lost, wanted)
+        substitutes = lost.substitutes()
+        for device in self._devices.values():
+            device.substitutes = substitutes
+
+    def _adopt_roots(self, lost: LostNodes, wanted: Mapping[int, int]) -> None:
+        found = lost.roots_for(wanted)
+        for number, root in found.certain.items():
+            self._devices[number].root = root
+            self._devices[number].outcome = Outcome.FOUND
+        for number, root in found.guessed.items():
+            device = self._devices.setdefault(number, _Device(None, None))
+            device.root, device.outcome = root, Outcome.GUESSED
+        for root in found.nameless:
+            self._devices[max(self._devices, default=-1) + 1] = _Device(root, None, Outcome.GUESSED)
+        for number in wanted.keys() - found.certain.keys() - found.guessed.keys():
+            self._devices[number].outcome = Outcome.GONE if wanted[number] else Outcome.FOUND
+
+    # Copying
+
+    def _copy(self, builder: PoolBuilder, number: int, fields: PoolFields) -> DeviceOutcome:
+        device = self._devices[number]
+        time = fields.time
+        recorded = None if device.record is None else device.record[0]
+        # Without a record: as if snapshotted just now, so that every older mapping counts as shared.
+        _, transaction_id, created, snapshotted = device.record or (0, fields.transaction_id, 0, time)
+        if not created <= snapshotted <= time:
+            created, snapshotted = min(created, time), time
+        builder.begin_device(number, transaction_id, created, snapshotted)
+        mapped, lost = 0, [(0, KEY_LIMIT)] if device.root is None and recorded else []
+        if device.root is not None:
+            tree = TreeSalvage(self._source, device.root, device.substitutes)
+            for keys, values in tree.mappings():
+                kept = self._usable(keys, values, fields, tree)
+                builder.add(
+                    keys[kept], values[kept] & ~np.where(_late(values[kept], time), _TIME_MASK, np.uint64(0))
+                )
+                mapped += int(np.count_nonzero(kept))
+            lost = tree.lost
+            if recorded is not None and mapped < recorded and not lost:
+                lost = [(node.begin, node.last + 1) for node in tree.damaged]
+        builder.end_device()
+        return DeviceOutcome(number, _outcome(device, mapped, recorded, lost), mapped, recorded, tuple(lost))
+
+    def _usable(self, keys: U64Array, values: U64Array, fields: PoolFields, tree: TreeSalvage) -> np.ndarray:
+        inside: np.ndarray = (values >> np.uint64(TIME_BITS)) < np.uint64(fields.data_blocks)
+        for key in keys[~inside].tolist():
+            tree.lose(key, key)
+        return inside
+
+
+def _late(values: U64Array, time: int) -> np.ndarray:
+    late: np.ndarray = (values & _TIME_MASK) > np.uint64(time)
+    return late
+
+
+def _outcome(device: _Device, mapped: int, recorded: int | None, lost: list[tuple[int, int]]) -> Outcome:
+    if device.outcome is Outcome.GONE:
+        return Outcome.GONE
+    if lost:
+        return Outcome.DAMAGED
+    if device.outcome is Outcome.GUESSED:
+        return Outcome.GUESSED
+    if recorded is not None and recorded != mapped:
+        return Outcome.SUSPECT
+    return device.outcome
+
+
+def _made_superblock(base: Superblock | None, roots: PoolRoots, data_block_sectors: int) -> Superblock:
+    nothing = SpaceMapRoot(0, 0, 0, 0)
+    if base is None:
+        raw = Superblock.LAYOUT.size
+        base = Superblock(
+            0,
+            0,
+            bytes(16),
+            0,
+            0,
+            0,
+            0,
+            0,
+            nothing,
+            nothing,
+            0,
+            0,
+            data_block_sectors,
+            0,
+            0,
+            0,
+            0,
+            0,
+            bytes(4096 - raw),
+        )
+    return replace(
+        base,
+        location=SUPERBLOCK_LOCATION,
+        time=max(base.time, roots.time),
+        transaction_id=max(base.transaction_id, roots.transaction_id),
+        held_root=0,
+        data_space=replace(nothing, blocks=0),
+        metadata_space=nothing,
+        mapping_root=roots.mapping_root,
+        details_root=roots.details_root,
+    )

@@ -1,0 +1,139 @@
+"""Repair: what is intact comes out complete, what is lost is named, lost nodes and roots are found where that is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from metadata import Known, MemoryStore, Outcome, RepairReport, SuperblockLost, recount, repair
+from tests.fakes.dump_texts import our_dump
+from tests.fakes.metadata_edits import Image
+from tests.unit.test_metadata_recount import POOL
+
+WHOLE = our_dump(MemoryStore(POOL))
+BLOCKS = 600
+
+
+def repaired(change: Callable[[Image], object], known: Known | None = None) -> tuple[RepairReport, str]:
+    image = Image(POOL)
+    change(image)
+    before = bytes(image.image)
+    target = MemoryStore(BLOCKS)
+    report = repair(image, target, known)
+    assert bytes(image.image) == before
+    assert recount(target) == []
+    return report, our_dump(target)
+
+
+def outcomes(report: RepairReport) -> dict[int, Outcome]:
+    return {each.device: each.outcome for each in report.devices}
+
+
+def zero(location: Callable[[Image], int]) -> Callable[[Image], None]:
+    return lambda image: image.put(location(image), bytes(4096))
+
+
+def space_map_blocks(image: Image) -> None:
+    data, metadata = image.superblock.data_space, image.superblock.metadata_space
+    for location in (data.bitmap_root, data.overflow_root, metadata.bitmap_root, metadata.overflow_root):
+        image.put(location, bytes(4096))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: None,
+        space_map_blocks,
+        zero(lambda image: image.root_of(1)),
+        zero(lambda image: image.root_of(2)),
+        zero(lambda image: image.root_of(3)),
+        zero(lambda image: image.superblock.mapping_root),
+        zero(lambda image: image.superblock.held_root),
+    ],
+    ids=[
+        "nothing",
+        "space maps",
+        "root of 1",
+        "root of 2",
+        "root of 3",
+        "list of roots",
+        "metadata snapshot",
+    ],
+)
+def test_nothing_is_lost(damage: Callable[[Image], None]):
+    report, text = repaired(damage)
+    assert text == WHOLE
+    assert report.lossless
+
+
+def test_a_leaf_is_lost_to_those_that_share_it():
+    report, text = repaired(zero(lambda image: image.leaves(image.root_of(1))[5]))
+    assert not report.lossless
+    assert {number for number, outcome in outcomes(report).items() if outcome is Outcome.DAMAGED} == {1, 2, 3}
+    for each in report.devices[:3]:
+        ((begin, end),) = each.lost
+        assert each.recorded_blocks is not None
+        assert each.mapped_blocks == each.recorded_blocks - (end - begin)
+    assert text.count("<device") == 5
+
+
+def test_records_are_made_anew():
+    report, text = repaired(zero(lambda image: image.superblock.details_root))
+    assert report.lossless
+    mapped = [line for line in WHOLE.splitlines() if "_mapping" in line]
+    assert [line for line in text.splitlines() if "_mapping" in line] == mapped
+    assert any("record" in remark for remark in report.remarks)
+
+
+def test_both_lists_of_devices_lost():
+    def both(image: Image) -> None:
+        superblock = image.superblock
+        image.put(superblock.mapping_root, bytes(4096))
+        image.put(superblock.details_root, bytes(4096))
+
+    report, _ = repaired(both)
+    assert sorted(each.mapped_blocks for each in report.devices) == [3000, 3000, 3007]
+    assert set(outcomes(report).values()) == {Outcome.GUESSED}
+    assert not report.lossless
+
+
+def test_superblock_lost():
+    image = Image(POOL)
+    image.put(0, bytes(4096))
+    # The metadata snapshot has a copy that knows the size of data blocks, not that of the data.
+    report, text = repaired(zero(lambda _: 0), Known(data_blocks=20_000, transaction_id=0))
+    assert text == WHOLE
+    assert report.lossless
+    held = Image(POOL).superblock.held_root
+
+    def both(image: Image) -> None:
+        image.put(0, bytes(4096))
+        image.put(held, bytes(4096))
+
+    with pytest.raises(SuperblockLost):
+        repaired(both)
+    report, text = repaired(both, Known(data_block_sectors=128, data_blocks=20_000, transaction_id=0))
+    assert text == WHOLE
+
+
+def test_mappings_outside_the_data_are_dropped():
+    def point_outside(image: Image) -> None:
+        leaf = image.leaves(image.root_of(1))[-1]
+        image.edit_values(leaf, lambda values: values.__setitem__(-1, 20_000 << 24))
+
+    report, _ = repaired(point_outside)
+    assert outcomes(report)[1] is Outcome.DAMAGED
+    assert report.devices[0].lost == ((5006, 5007),)
+
+
+def test_a_node_of_another_place_is_not_taken_for_the_one_that_was_there():
+    def swap(image: Image) -> None:
+        first, second = image.leaves(image.root_of(1))[3:5]
+        nodes = image.node(first), image.node(second)
+        image.set_node(first, nodes[1].keys, nodes[1].values)
+        image.set_node(second, nodes[0].keys, nodes[0].values)
+
+    report, _ = repaired(swap)
+    assert [outcomes(report)[number] for number in (1, 2, 3)] == [Outcome.DAMAGED] * 3
+    assert len(report.devices[0].lost) == 1
