@@ -215,7 +215,7 @@ class Negotiation:
             extended=self._extended,
             contexts=self._contexts if self._contexts_export == export.name else (),
             payload_bytes_max=self._limits.payload_bytes_max,
-            read_bytes_max=self._limits.advertised_payload_bytes,
+            read_bytes_max=self._limits.payload_bytes_max,
         )
 
     def _hand_over(self, terms: Terms) -> Transmit:

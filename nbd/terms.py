@@ -26,7 +26,7 @@ class Terms:
     extended: bool = False
     contexts: tuple[SelectedContext, ...] = ()
     payload_bytes_max: int = 64 * 1024 * 1024
-    read_bytes_max: int = 32 * 1024 * 1024
+    read_bytes_max: int = 64 * 1024 * 1024
 
     @property
     def chunked(self) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = re.compile(r"^\| ([A-Z]\d+) \|.*\| ([^|]*) \|$", re.MULTILINE)
-SECTIONS = {"H": 18, "S": 7, "O": 31, "M": 17, "T": 15, "B": 3, "F": 20, "R": 15, "C": 34, "L": 16, "P": 10}
+SECTIONS = {"H": 18, "S": 7, "O": 31, "M": 17, "T": 15, "B": 3, "F": 20, "R": 15, "C": 34, "L": 16, "P": 11}
 
 
 def rows() -> dict[str, list[str]]:

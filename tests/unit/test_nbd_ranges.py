@@ -141,9 +141,9 @@ def test_nothing_is_misaligned_with_a_minimum_of_one(disk: MemoryDevice, form: d
     assert outcome.replies[3].data == b"\0\0a\0c\0\0"
 
 
-@pytest.mark.parametrize("length", [(32 * MIB) - 1, 32 * MIB])
-def test_reads_up_to_32_mib_are_served(form: dict[str, bool], length: int) -> None:
-    disk = MemoryDevice("disk", 40 * MIB)
+@pytest.mark.parametrize("length", [(64 * MIB) - 1, 64 * MIB])
+def test_reads_up_to_64_mib_are_served(form: dict[str, bool], length: int) -> None:
+    disk = MemoryDevice("disk", 66 * MIB)
     disk.kinds[:] = b"\1" * len(disk.kinds)
     disk.data[5:9] = b"mark"
     (reply,) = converse(disk, [Request(READ, 4, length)], **form).replies
@@ -153,8 +153,8 @@ def test_reads_up_to_32_mib_are_served(form: dict[str, bool], length: int) -> No
 
 
 def test_longer_reads_are_refused(form: dict[str, bool]) -> None:
-    disk = MemoryDevice("disk", 64 * MIB)
-    outcome = converse(disk, [Request(READ, 0, 32 * MIB + 512), Request(READ, 0, 8)], **form)
+    disk = MemoryDevice("disk", 66 * MIB)
+    outcome = converse(disk, [Request(READ, 0, 64 * MIB + 512), Request(READ, 0, 8)], **form)
     chunked = form["structured"] or form["extended"]
     assert outcome.errors == [Errno.EOVERFLOW if chunked else Errno.EINVAL, 0]
 
