@@ -1,7 +1,8 @@
 """Every way thinpool refuses or fails, as classes with fields.
 
-In: the leaves, gathered from `pool_errors.py` and `service_errors.py`, and the way back from their JSON form. Out: the
-root and the registry (`error_root.py`), and how an exit status comes of a foreign exception (`cli/report.py`).
+In: the leaves, gathered from `pool_errors.py`, `service_errors.py` and `store_errors.py`, and the way back from
+their JSON form. Out: the root and the registry (`error_root.py`), and how an exit status comes of a foreign exception
+(`cli/report.py`).
 
 A leaf holds fields, never a prepared sentence: the sentence is made when it is printed, and names are escaped
 there (`wording.py`), so no name can break or hide a message. Fields are strings, integers or None.
@@ -57,6 +58,19 @@ from .service_errors import (
     StopFailed,
     SystemFailure,
 )
+from .store_errors import (
+    BadStoreUrl,
+    DeviceIncomplete,
+    NoSuchStoredSnapshot,
+    NotAStore,
+    StoreDamaged,
+    StoredSnapshotExists,
+    StoreExtraMissing,
+    StoreKeyNeeded,
+    StoreRefused,
+    StoreUnreachable,
+    WrongStoreKey,
+)
 
 __all__ = [
     "AlreadyAttached",
@@ -64,6 +78,7 @@ __all__ = [
     "BadName",
     "BadRequest",
     "BadSize",
+    "BadStoreUrl",
     "CatalogDamaged",
     "CatalogFailed",
     "DataFileMissing",
@@ -71,6 +86,7 @@ __all__ = [
     "DetachFailed",
     "DeviceExists",
     "DeviceInUse",
+    "DeviceIncomplete",
     "DeviceReadOnly",
     "DeviceReceiving",
     "DirectoryMissing",
@@ -83,7 +99,9 @@ __all__ = [
     "NoSnapshotHeld",
     "NoSpace",
     "NoSuchDevice",
+    "NoSuchStoredSnapshot",
     "NotAPool",
+    "NotAStore",
     "NotAttached",
     "PoolBusy",
     "PoolDamaged",
@@ -98,9 +116,16 @@ __all__ = [
     "ServerStopping",
     "ServerUnreachable",
     "StopFailed",
+    "StoreDamaged",
+    "StoreExtraMissing",
+    "StoreKeyNeeded",
+    "StoreRefused",
+    "StoreUnreachable",
+    "StoredSnapshotExists",
     "SystemFailure",
     "TargetInUse",
     "ThinPoolError",
+    "WrongStoreKey",
     "from_json",
     "leaves",
 ]
