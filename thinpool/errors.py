@@ -61,6 +61,7 @@ from .service_errors import (
 from .store_errors import (
     BadStoreUrl,
     DeviceIncomplete,
+    DeviceNotFrozen,
     NoSuchStoredSnapshot,
     NotAStore,
     StoreDamaged,
@@ -87,6 +88,7 @@ __all__ = [
     "DeviceExists",
     "DeviceInUse",
     "DeviceIncomplete",
+    "DeviceNotFrozen",
     "DeviceReadOnly",
     "DeviceReceiving",
     "DirectoryMissing",

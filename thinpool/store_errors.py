@@ -143,3 +143,16 @@ class DeviceIncomplete(ThinPoolError):
             f"device {quoted(self.name)} is still being fetched ({self.remote_bytes} bytes to go); "
             "serve the pool, or run `thinpool pull` again, until it is complete"
         )
+
+
+@leaf(ExitCode.CONFLICT)
+class DeviceNotFrozen(ThinPoolError):
+    """Only what cannot change any more can be pushed."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"device {quoted(self.name)} may still change; snapshot it with `thinpool snapshot --read-only` "
+            "and push the snapshot"
+        )

@@ -40,6 +40,10 @@ COMMANDS = {
     "repair": "repairing",
     "attach": "attaching",
     "detach": "attaching",
+    "push": "store",
+    "verify": "store",
+    "forget": "store",
+    "gc": "store",
     "completion": "shells",
 }
 ALIASES = {"ls": "list", "rm": "delete", "destroy": "delete", "snap": "snapshot"}
@@ -48,7 +52,9 @@ EPILOG = f"""\b
 
 \b
 Environment:
-  THINPOOL_POOL  the pool, where a command line does not name one
+  THINPOOL_POOL            the pool, where a command line does not name one
+  THINPOOL_STORE_KEY_FILE  the file with the key of an encrypted object store
+  AWS_*, GOOGLE_*, AZURE_* where an object store is and who asks, as other programs read them
 
 \b
 A pool in two commands:

@@ -22,6 +22,7 @@ from thinpool.pool_location import PoolLocation
 from thinpool.units import parse_size
 
 POOL_VARIABLE = "THINPOOL_POOL"
+KEY_FILE_VARIABLE = "THINPOOL_STORE_KEY_FILE"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -100,19 +101,35 @@ def json_option(function: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(function)
 
 
+def key_file_option(function: Function) -> Function:
+    """Add --key-file, the key of an encrypted store."""
+    return click.option(
+        "--key-file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        envvar=KEY_FILE_VARIABLE,
+        metavar="FILE",
+        help=f"The key of an encrypted store: all of FILE but a newline at its end (or {KEY_FILE_VARIABLE}).",
+    )(function)
+
+
 def pool_command(
-    *names: str, bare: bool = True, data_needed: bool = True
+    *names: str, bare: bool = True, data_needed: bool = True, store: bool = False
 ) -> Callable[[Function], Callable[..., Any]]:
     """Add the pool and `names` as arguments; the function gets `location` and each name in lower case.
 
     `bare`: the command also works with `--metadata X --data Y` in place of a pool directory. Without `data_needed`,
-    `--metadata X` alone will do.
+    `--metadata X` alone will do. With `store`, the URL of an object store may stand in the place of the pool; the
+    function then gets it as `url` and no location, otherwise `url` is None.
     """
 
     def decorate(function: Function) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*, words: Sequence[str], **options: Any) -> Any:
             bare_paths = [options.pop(key, None) for key in ("metadata", "data", "names")]
+            if store:
+                options["url"] = None
+                if len(words) == 1 and "://" in words[0]:
+                    return function(location=None, **{**options, "url": words[0]})
             if not data_needed and bare_paths[0] is not None and bare_paths[1] is None:
                 bare_paths[1] = os.devnull
             location, given = _split(words, names, *bare_paths)
@@ -133,7 +150,7 @@ def pool_command(
             wrapped = click.option(
                 "--metadata", metavar="PATH", help="Metadata of a pool without a directory (LVM's _tmeta)."
             )(wrapped)
-        metavar = " ".join(("[POOL]", *names))
+        metavar = " ".join(("[POOL|URL]" if store else "[POOL]", *names))
         return click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar=metavar)(wrapped)  # type: ignore[no-any-return]
 
     return decorate

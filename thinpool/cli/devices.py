@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,7 +11,7 @@ import click
 from thinpool.pool_location import PoolLocation
 from thinpool.wording import iec, quoted
 
-from .arguments import SIZE, json_option, pool_command
+from .arguments import SIZE, json_option, key_file_option, pool_command
 from .report import emit_json
 from .tables import Column, print_table, size_text
 
@@ -68,18 +69,37 @@ def create_command(location: PoolLocation, *, name: str, size: int, as_json: boo
 
 
 @click.command(
-    "list", epilog="\b\nExamples:\n  thinpool list /srv/pool\n  thinpool list /srv/pool -H -b | cut -f1,3"
+    "list",
+    epilog="\b\nExamples:\n  thinpool list /srv/pool\n  thinpool list /srv/pool -H -b | cut -f1,3\n"
+    "  thinpool ls s3://bucket/fleet",
 )
 @click.option("-b", "--bytes", "exact", is_flag=True, help="Print sizes in bytes.")
 @click.option("-H", "--no-header", is_flag=True, help="No header, fields separated by one tab.")
+@key_file_option
 @json_option
-@pool_command()
-def list_command(location: PoolLocation, *, exact: bool, no_header: bool, as_json: bool) -> None:
-    """List devices and snapshots with what they hold.
+@pool_command(store=True)
+def list_command(
+    location: PoolLocation | None,
+    *,
+    url: str | None,
+    key_file: Path | None,
+    exact: bool,
+    no_header: bool,
+    as_json: bool,
+) -> None:
+    """List devices and snapshots with what they hold, or the snapshots in an object store.
 
     MAPPED is what a device can read that was written; EXCLUSIVE of that is what deleting it alone would free; SHARED
     is held by others as well. OPEN counts connections.
+
+    A word with `://` in it is the URL of a store. Of its snapshots MAPPED is what they can read, SENT what their push
+    added to the store.
     """
+    if location is None:
+        from .store import list_store
+
+        list_store(str(url), key_file, exact=exact, no_header=no_header, as_json=as_json)
+        return
     result = _operate(location, "list", {})
     if as_json:
         emit_json(result)

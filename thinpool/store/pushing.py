@@ -155,7 +155,8 @@ class Push:
             if changes is None:
                 continue
             self._report.base = stored_as
-            manifest = Manifest(about, dict(base.segments), base.packs.copy())
+            begun = replace(about, mapped_bytes=base.about.mapped_bytes)
+            manifest = Manifest(begun, dict(base.segments), base.packs.copy())
             self._cut(manifest, base.about.size_bytes)
             ends = self._end_changes(base.about.size_bytes)
             stale = {pack for pack in manifest.packs if pack not in self._usable} | self._sparse(manifest)
