@@ -67,14 +67,17 @@ def collect(
             store.condemn(pack)
             report.condemned += 1
             report.waiting_bytes += packs[pack].size_bytes
-    _delete(store, now, grace_seconds, report)
+    _delete(store, grace_seconds, report)
     _sweep(store, now, grace_seconds, lease_seconds)
     return report
 
 
-def _delete(store: Store, now: float, grace_seconds: float, report: CollectReport) -> None:
+def _delete(store: Store, grace_seconds: float, report: CollectReport) -> None:
     """Phase two. The marks are listed before the roots: each was there before the roots it is held against."""
     condemned = store.condemned()
+    if not condemned:
+        return
+    now = _store_time(store)
     ripe = {pack for pack, listed in condemned.items() if now - listed.modified >= grace_seconds}
     if not ripe:
         return
