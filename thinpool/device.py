@@ -7,7 +7,7 @@ path (`session`), names and sizes on disk (`pool`), when to commit (`committer`)
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock, RLock
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from .session import Session
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .lazy_device import LazyDevice
 
 UNMAP_SLICE_BLOCKS = 1 << 20
 EXTENTS_MAX = 1 << 15
@@ -66,10 +67,10 @@ class ThinDevice:
 
     # --- sessions ---
 
-    def open(self) -> Session:
-        """A session for one connection."""
+    def open(self, lazy: LazyDevice | None = None) -> Session:
+        """A session for one connection; `lazy` where part of the content is still in a store."""
         with self._sessions_lock:
-            session = Session(self)
+            session = Session(self) if lazy is None else _lazy_session(self, lazy)
             self.sessions.append(session)
         self.engine.committer.start()
         return session
@@ -309,11 +310,11 @@ class ThinDevice:
                 devices = (base, self.device_id)
                 return dirty_extents(self.engine.metadata, devices, self.block_bytes, offset, length)
 
-    def take_point_in_time(self, device_id: int) -> None:
+    def take_point_in_time(self, device_id: int, then: Callable[[], None] | None = None) -> None:
         """Make device `device_id` a snapshot of this one as it is now; the transaction is held.
 
         Every write that was acknowledged is in it: sessions are held off between batches, their new mappings go
-        into the tree, and from the same instant on older mappings count as shared.
+        into the tree, and from the same instant on older mappings count as shared. `then` is called at that instant.
         """
         engine = self.engine
         with self.quiet():
@@ -323,3 +324,11 @@ class ThinDevice:
                 engine.time = engine.metadata.time
                 self.shared_before = engine.metadata.device(self.device_id).snapshotted_time
             self._judged.setall(0)
+            if then is not None:
+                then()
+
+
+def _lazy_session(device: ThinDevice, lazy: LazyDevice) -> Session:
+    from .lazy_session import LazySession
+
+    return LazySession(device, lazy)

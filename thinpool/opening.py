@@ -156,7 +156,10 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
         data.close()
         metadata.close()
         raise
-    return Pool(location, engine, catalog, [lock])
+    pool = Pool(location, engine, catalog, [lock])
+    if writable:
+        pool.lazy.sweep()
+    return pool
 
 
 def _open_metadata(location: PoolLocation, read_only: bool) -> PoolMetadata:

@@ -26,6 +26,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .catalog import Catalog
     from .device_diff import DiffPage
+    from .lazy_devices import PullRequest
     from .metadata_readers import MetadataReaders
     from .status import DeviceInfo, PoolStatus
 
@@ -72,6 +73,15 @@ class OperatedPool(Protocol):
 
     def dm_status(self) -> list[str]:
         """Describe the pool as `dmsetup status` would."""
+
+    def begin_pull(self, request: PullRequest) -> dict[str, Any]:
+        """Begin to pull a snapshot from an object store, or go on."""
+
+    def abort_pull(self, name: str) -> None:
+        """Drop a device that was not pulled to its end."""
+
+    def pull_state(self, name: str) -> dict[str, Any]:
+        """How far a pull got."""
 
     def diff(self, old: str, new: str, begin_bytes: int) -> DiffPage:
         """Compare two devices from an offset on."""
@@ -149,6 +159,21 @@ def _list(pool: OperatedPool, _: Parameters) -> Result:
     return {"devices": [device.to_json() for device in pool.devices()]}
 
 
+def _pull(pool: OperatedPool, given: Parameters) -> Result:
+    from .lazy_devices import PullRequest
+
+    return {"pull": pool.begin_pull(PullRequest(**given))}
+
+
+def _pull_abort(pool: OperatedPool, given: Parameters) -> Result:
+    pool.abort_pull(given["name"])
+    return {"aborted": given["name"]}
+
+
+def _pull_state(pool: OperatedPool, given: Parameters) -> Result:
+    return {"pull": pool.pull_state(given["name"])}
+
+
 def _diff(pool: OperatedPool, given: Parameters) -> Result:
     return pool.diff(given["old"], given["new"], given.get("begin_bytes", 0)).to_json()
 
@@ -173,6 +198,16 @@ OPERATIONS: Mapping[str, Operation] = {
     "status": Operation(_status, {}, looks_only=True),
     "dm-status": Operation(_dm_status, {}, looks_only=True),
     "list": Operation(_list, {}, looks_only=True),
+    "pull": Operation(
+        _pull,
+        {
+            **dict.fromkeys(("url", "snapshot", "name"), TEXT),
+            **dict.fromkeys(("lazy", "read_only"), FLAG),
+            "key_file": Parameter((str, type(None)), required=False),
+        },
+    ),
+    "pull_abort": Operation(_pull_abort, {"name": TEXT}),
+    "pull_state": Operation(_pull_state, {"name": TEXT}, looks_only=True),
     "diff": Operation(
         _diff, {"old": TEXT, "new": TEXT, "begin_bytes": Parameter((int,), required=False)}, looks_only=True
     ),

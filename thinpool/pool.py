@@ -17,9 +17,10 @@ import datetime
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from metadata import PoolMetadata
 
@@ -29,7 +30,8 @@ from .device import ThinDevice
 from .device_diff import DiffPage, compare
 from .dm_status import DmDevice, device_line, pool_line
 from .engine import Engine
-from .errors import BadSize, DeviceExists, DeviceInUse, DeviceReceiving, NoSuchDevice
+from .errors import BadSize, DeviceExists, DeviceInUse, DeviceReceiving, NoSuchDevice, NotBeingPulled
+from .lazy_devices import LazyDevices, PullRequest, is_lazy
 from .metadata_readers import MetadataReaders
 from .names import check_name
 from .pool_location import PoolLocation
@@ -57,6 +59,7 @@ class Pool:
         # Set where a command looks at a pool that nobody serves: its mode is what it would be if it were served.
         self.only_looking = False
         self.metadata_readers = MetadataReaders(engine)
+        self.lazy = LazyDevices(self)
         self._held = held  # locks, released by closing
         self._closed = False
 
@@ -128,11 +131,20 @@ class Pool:
         """Create an empty device. Raises BadName, BadSize, DeviceExists, MetadataFull."""
         _check_device_size(size_bytes)
         with self.engine.transaction:
+            self.create_entry(name, size_bytes, lambda entry: entry)
+            return self.info(name)
+
+    def create_entry(
+        self, name: str, size_bytes: int, finished: Callable[[CatalogEntry], CatalogEntry]
+    ) -> CatalogEntry:
+        """Create an empty device whose row `finished` completes. Raises as `create_device`."""
+        _check_device_size(size_bytes)
+        with self.engine.transaction:
             self._new_name(name)
-            entry = CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {})
+            entry = finished(CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {}))
             with self._step([Put(entry)]), self.engine.changing_tree():
                 self._metadata.create_device(entry.device_id)
-            return self.info(name)
+            return entry
 
     def create_snapshot(self, origin: str, name: str, *, read_only: bool = False) -> DeviceInfo:
         """Snapshot a device, in use or not. What was acknowledged before is in it; it never changes by itself."""
@@ -141,8 +153,10 @@ class Pool:
             self._new_name(name)
             entry = CatalogEntry(self._new_id(), name, source.size_bytes, read_only, origin, time.time(), {})
             entry = replace(entry, content_id=source.content_id or new_identity())
+            entry, fork = self.lazy.forked(source, entry)
             with self._step([Put(entry)]):
-                self._device(source).take_point_in_time(entry.device_id)
+                self._device(source).take_point_in_time(entry.device_id, fork)
+            self.lazy.of(entry)
             return self.info(name)
 
     def delete(self, name: str) -> None:
@@ -150,10 +164,17 @@ class Pool:
         with self.engine.transaction:
             entry = self._entry(name)
             self._require_idle(entry)
-            with self._step([Drop(entry.device_id), *self._reparented(name, None)]):
-                self._delete_tree(entry)
-            self.engine.forget(entry.device_id)
-            self.engine.reclaim()
+            self.delete_entry(entry)
+
+    def delete_entry(self, entry: CatalogEntry) -> None:
+        """Delete an idle device; `transaction` is held."""
+        with (
+            self.lazy.ending(entry),
+            self._step([Drop(entry.device_id), *self._reparented(entry.name, None)]),
+        ):
+            self._delete_tree(entry)
+        self.engine.forget(entry.device_id)
+        self.engine.reclaim()
 
     def _delete_tree(self, entry: CatalogEntry) -> None:
         device = self.engine.devices.get(entry.device_id)
@@ -188,6 +209,7 @@ class Pool:
         with self.engine.transaction:
             self.engine.require_writable()
             entry = self._entry(name)
+            self.lazy.require_whole(entry)
             if size_bytes < entry.size_bytes:
                 if not shrink:
                     raise BadSize(
@@ -243,6 +265,8 @@ class Pool:
             if entry.device_id == source.device_id:
                 raise DeviceExists(name)
             self._require_idle(entry)
+            self.lazy.require_whole(entry)
+            self.lazy.require_whole(source)
             fresh = CatalogEntry(
                 self._new_id(), name, source.size_bytes, entry.read_only, snapshot, entry.created, entry.tags
             )
@@ -353,7 +377,7 @@ class Pool:
                 self.catalog.apply([Put(present)])
             device = self._device(present)
             device.contexts = self.relatives(present)
-            return device.open()
+            return device.open(self.lazy.of(present))
 
     def relatives(self, entry: CatalogEntry) -> dict[str, int]:
         """Snapshots a device can be compared with, newest first: name -> device id.
@@ -365,7 +389,7 @@ class Pool:
         kin = [
             other
             for other in others
-            if other.receiving is None
+            if not (other.receiving or is_lazy(other) or is_lazy(entry))
             and (other.name == entry.origin or (other.origin in names and other.origin))
         ]
         return {other.name: other.device_id for other in sorted(kin, key=lambda other: -other.device_id)}
@@ -401,6 +425,7 @@ class Pool:
             uuid=entry.uuid,
             content_id=entry.content_id,
             receiving=entry.receiving is not None,
+            remote_bytes=self.lazy.remote_bytes(entry),
         )
 
     def status(self) -> PoolStatus:
@@ -432,10 +457,35 @@ class Pool:
                 failure=None if engine.failure is None else str(engine.failure),
             )
 
+    def begin_pull(self, request: PullRequest) -> dict[str, Any]:
+        """Begin to pull a snapshot from an object store, or go on. Raises DeviceExists, the store's errors."""
+        # Without the transaction: the store is asked for minutes perhaps, and clients wait for commits.
+        self.engine.require_writable()
+        self.lazy.pull(request)
+        return self.pull_state(request.name)
+
+    def abort_pull(self, name: str) -> None:
+        """Drop a device that was not pulled to its end. Raises NoSuchDevice, DeviceInUse, NotBeingPulled."""
+        with self.engine.transaction:
+            entry = self.catalog.by_name(name)
+            if entry is None:
+                raise NoSuchDevice(name, str(self.location))
+            if not is_lazy(entry):
+                raise NotBeingPulled(name)
+            self._require_idle(entry)
+            self.delete_entry(entry)
+
+    def pull_state(self, name: str) -> dict[str, Any]:
+        """How far a pull got. Raises NoSuchDevice."""
+        with self.engine.transaction:
+            return self.lazy.state(name)
+
     def diff(self, old: str, new: str, begin_bytes: int = 0) -> DiffPage:
         """What changed from one device to another, from an offset on. Raises NoSuchDevice, MetadataError."""
         with self.engine.transaction:
             entries = self._entry(old), self._entry(new)
+            for entry in entries:
+                self.lazy.require_whole(entry)
             if self.writable:
                 self.engine.collect()
             with self.engine.tree:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from nbd.client import Client
 
 from .device_diff import all_pages
-from .errors import DeviceNotFrozen, NoSuchDevice, PoolNotServed, ServerUnreachable
+from .errors import DeviceIncomplete, DeviceNotFrozen, NoSuchDevice, PoolNotServed, ServerUnreachable
+from .lazy_devices import is_lazy
 from .pool_access import PoolAccess, open_here
 from .pool_location import PoolLocation
 from .store.source import Ranges
@@ -65,6 +66,7 @@ class OpenPoolSource:
             content_id=entry.content_id,
             receiving=entry.receiving is not None,
         )
+        pool.lazy.require_whole(entry)
         self.size_bytes = entry.size_bytes
         self.block_bytes = pool.block_bytes
         self.created = entry.created
@@ -81,7 +83,10 @@ class OpenPoolSource:
         others = [
             entry
             for entry in self._pool.catalog.entries()
-            if entry.read_only and entry.content_id not in (None, mine.content_id) and entry.receiving is None
+            if entry.read_only
+            and entry.content_id not in (None, mine.content_id)
+            and entry.receiving is None
+            and not is_lazy(entry)
         ]
         return sorted(
             others,
@@ -146,6 +151,8 @@ class ServedSource:
             content_id=found["content_id"],
             receiving=found["receiving"],
         )
+        if found["remote_bytes"]:
+            raise DeviceIncomplete(name, int(found["remote_bytes"]))
         self.size_bytes = int(found["size_bytes"])
         self.block_bytes = int(access.operate("status", {})["status"]["block_bytes"])
         self.created = datetime.datetime.fromisoformat(found["created"]).timestamp()
@@ -174,6 +181,7 @@ class ServedSource:
             if device["read_only"]
             and device["content_id"] not in (None, mine["content_id"])
             and not device["receiving"]
+            and not device["remote_bytes"]
         ]
         return sorted(
             others,

@@ -114,6 +114,7 @@ class Service:
             when_parent_ends(lambda: self.request_stop(None))
         self.pool = open_for_service(settings.location, read_only=settings.read_only)
         self._closing.callback(self.pool.close)
+        self._closing.callback(self.pool.lazy.stop_background)
         if settings.default_export is not None and self.pool.catalog.by_name(settings.default_export) is None:
             raise NoSuchDevice(settings.default_export, self.pool_path)
         control = settings.location.control_path
@@ -135,6 +136,8 @@ class Service:
         except NbdError as error:
             raise ServerStartFailed(str(error)) from error
         self._server.start()
+        if self.pool.writable:
+            self.pool.lazy.start_background()
         if control is not None:
             self._control.start()
         if settings.pid_file is not None:

@@ -11,6 +11,7 @@ class DeviceInfo:
     """One thin device. `mapped = exclusive + shared`; deleting it frees `exclusive_bytes`.
 
     `content_id` is None where the content may have changed since it had one (see `content_identity.py`).
+    `remote_bytes` is what still has to be fetched from an object store, at most (`lazy_devices.py`).
     """
 
     name: str
@@ -26,6 +27,7 @@ class DeviceInfo:
     uuid: str
     content_id: str | None
     receiving: bool
+    remote_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object, sizes as integers."""

@@ -156,3 +156,13 @@ class DeviceNotFrozen(ThinPoolError):
             f"device {quoted(self.name)} may still change; snapshot it with `thinpool snapshot --read-only` "
             "and push the snapshot"
         )
+
+
+@leaf(ExitCode.CONFLICT)
+class NotBeingPulled(ThinPoolError):
+    """A device that is complete is not dropped by aborting."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"device {quoted(self.name)} is complete; `thinpool delete` deletes it"

@@ -41,6 +41,7 @@ COMMANDS = {
     "attach": "attaching",
     "detach": "attaching",
     "push": "store",
+    "pull": "pulling",
     "verify": "store",
     "forget": "store",
     "gc": "store",

@@ -1,0 +1,322 @@
+"""The devices of a pool that are not all here yet: who they are, how they begin, fork, and end.
+
+In: the tag in the catalogue, the files beside it, pulling. Out: the content (`lazy_device.py`, `hydration.py`).
+
+A device whose row carries the tag `remote` has a file of that name in the pool directory's `remote/`. The file is
+written first, then the row, in one step with the metadata; at the end the row loses the tag first, then the file goes.
+So a file without a row is what a kill left, and is deleted when the pool is opened for writing; a row without a file
+does not happen, and such a device is refused, not read as zeros.
+
+A device that is pulled without `--lazy` is the same thing, hidden until it is complete (`receiving`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitarray import bitarray
+
+from .catalog import CatalogEntry, Put
+from .errors import DeviceExists, DeviceIncomplete, NoSuchDevice, PoolDamaged, ThinPoolError
+from .hydration import BackgroundHydration
+from .lazy_device import LazyDevice
+from .remote_blocks import Origin, RemoteBlocks
+
+if TYPE_CHECKING:
+    from .pool import Pool
+    from .store.manifests import Manifest
+    from .store.store import Store
+
+TAG = "remote"
+DIRECTORY = "remote"
+
+log = logging.getLogger("thinpool")
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequest:
+    """What is pulled into which device."""
+
+    url: str
+    snapshot: str
+    name: str
+    lazy: bool = False
+    read_only: bool = False
+    key_file: str | None = None
+
+
+def is_lazy(entry: CatalogEntry) -> bool:
+    """Whether part of a device may still be in a store."""
+    return TAG in entry.tags
+
+
+def untagged(tags: dict[str, str]) -> dict[str, str]:
+    """The tags of a device that is all here."""
+    return {key: value for key, value in tags.items() if key != TAG}
+
+
+class LazyDevices:
+    """Those of one open pool. The engine's transaction guards the table."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._open: dict[int, LazyDevice] = {}
+        self._running: dict[int, BackgroundHydration] = {}
+        self._in_background = False
+
+    # --- finding ---
+
+    def _path(self, token: str) -> Path:
+        assert self._pool.location.root is not None
+        return self._pool.location.root / DIRECTORY / token
+
+    def of(self, entry: CatalogEntry) -> LazyDevice | None:
+        """The remote part of a device; None for a device that is all here. Raises PoolDamaged."""
+        if not is_lazy(entry):
+            return None
+        with self._pool.engine.transaction:
+            lazy = self._open.get(entry.device_id)
+            if lazy is None:
+                path = self._path(entry.tags[TAG])
+                try:
+                    remote = RemoteBlocks.open(path)
+                except FileNotFoundError:
+                    raise PoolDamaged(str(path), "the list of blocks still to be fetched is gone") from None
+                lazy = self._opened(entry, remote)
+            return lazy
+
+    def _opened(self, entry: CatalogEntry, remote: RemoteBlocks) -> LazyDevice:
+        pool = self._pool
+        device = pool.engine.open_device(entry.device_id, entry.size_bytes, read_only=entry.read_only)
+        lazy = LazyDevice(device, remote, pool.commit)
+        self._open[entry.device_id] = lazy
+        if self._in_background:
+            self._start(entry, lazy)
+        return lazy
+
+    def remote_bytes(self, entry: CatalogEntry) -> int:
+        """What is still to be fetched of a device, at most."""
+        lazy = self.of(entry)
+        return 0 if lazy is None else lazy.remote_blocks * self._pool.block_bytes
+
+    def require_whole(self, entry: CatalogEntry) -> None:
+        """Raise DeviceIncomplete for a device of which something may be missing."""
+        if is_lazy(entry):
+            raise DeviceIncomplete(entry.name, self.remote_bytes(entry))
+
+    # --- beginning ---
+
+    def pull(self, request: PullRequest) -> CatalogEntry:
+        """Begin to pull, or go on with one that was begun. Raises DeviceExists, the store's errors."""
+        from .store.store import Store
+
+        present = self._pool.catalog.by_name(request.name)
+        if present is not None:
+            self._same(present, request)
+            return present
+        secret = None
+        if request.key_file is not None:
+            secret = Path(request.key_file).read_bytes().removesuffix(b"\n")
+        store = Store.open(request.url, secret)
+        manifest = store.snapshot(request.snapshot)
+        origin = _held(store, manifest, request)
+        try:
+            return self._create(request, manifest, origin)
+        except BaseException:
+            if origin.hold:
+                with suppress(ThinPoolError):
+                    store.release(origin.root)
+            raise
+
+    def _same(self, present: CatalogEntry, request: PullRequest) -> None:
+        """Raise DeviceExists unless the device is being pulled from the same snapshot."""
+        if is_lazy(present):
+            origin = RemoteBlocks.open(self._path(present.tags[TAG])).origin
+            if (origin.url, origin.snapshot) == (request.url, request.snapshot):
+                return
+        raise DeviceExists(request.name)
+
+    def _create(self, request: PullRequest, manifest: Manifest, origin: Origin) -> CatalogEntry:
+        from .store.manifests import SEGMENT_BYTES
+
+        pool, about = self._pool, manifest.about
+        blocks = -(-about.size_bytes // pool.block_bytes)
+        bits = bitarray(blocks, endian="little")
+        bits.setall(0)
+        for number in manifest.segments:
+            begin, end = number * SEGMENT_BYTES, (number + 1) * SEGMENT_BYTES
+            bits[begin // pool.block_bytes : min(-(-end // pool.block_bytes), blocks)] = 1
+        token = uuid.uuid4().hex
+        with pool.engine.transaction:
+            remote = RemoteBlocks.create(self._path(token), origin, bits)
+            entry = pool.create_entry(
+                request.name,
+                about.size_bytes,
+                lambda entry: replace(
+                    entry,
+                    read_only=request.read_only,
+                    tags={TAG: token},
+                    content_id=about.device if request.read_only or not request.lazy else None,
+                    receiving=None if request.lazy else json.dumps({"pull": request.snapshot}),
+                ),
+            )
+            self._opened(entry, remote)
+            return entry
+
+    def state(self, name: str) -> dict[str, Any]:
+        """How far a pull got, as JSON. Raises NoSuchDevice."""
+        entry = self._pool.catalog.by_name(name)
+        if entry is None:
+            raise NoSuchDevice(name, str(self._pool.location))
+        return {
+            "name": name,
+            "size_bytes": entry.size_bytes,
+            "remote_bytes": self.remote_bytes(entry),
+            "complete": not is_lazy(entry),
+            "usable": entry.receiving is None,
+            "failure": self.failure(entry),
+        }
+
+    # --- forking and ending ---
+
+    def forked(
+        self, source: CatalogEntry, entry: CatalogEntry
+    ) -> tuple[CatalogEntry, Callable[[], None] | None]:
+        """The row of a snapshot of `source`, and what is to be done at the very point in time that it shows.
+
+        The hold stays the origin's; the snapshot reads the same object. Whoever ends last releases it.
+        """
+        lazy = self.of(source)
+        if lazy is None:
+            return entry, None
+        token = uuid.uuid4().hex
+
+        def fork() -> None:
+            # Everybody is held off, so mappings and bits belong together. On disk before the snapshot is.
+            RemoteBlocks.create(self._path(token), lazy.remote.origin, lazy.remote.bits.copy())
+
+        return replace(entry, tags={**entry.tags, TAG: token}), fork
+
+    @contextmanager
+    def ending(self, entry: CatalogEntry) -> Iterator[None]:
+        """Around the step that deletes a device: nothing is fetched into it any more."""
+        lazy = self._open.get(entry.device_id)
+        if lazy is not None:
+            lazy.close()
+        try:
+            yield
+        except BaseException:
+            if lazy is not None:
+                lazy.closed = False
+            raise
+        self.drop(entry.device_id)
+
+    def complete(self, entry: CatalogEntry) -> None:
+        """A device is all here: forget where it came from. The checkpoint has been taken."""
+        pool = self._pool
+        with pool.engine.transaction:
+            present = pool.catalog.by_id(entry.device_id)
+            lazy = self._open.get(entry.device_id)
+            if present is None or lazy is None or not is_lazy(present):
+                return
+            assert lazy.remote.bits.find(1) < 0
+            pool.commit()
+            pool.catalog.apply([Put(replace(present, tags=untagged(present.tags), receiving=None))])
+            self.drop(entry.device_id)
+        log.info("%r is complete", present.name)
+
+    def drop(self, device_id: int) -> None:
+        """A device is complete or deleted: its file goes, and the hold if nobody else uses it."""
+        lazy = self._open.pop(device_id, None)
+        running = self._running.pop(device_id, None)
+        if lazy is None:
+            return
+        lazy.close()
+        if running is not None:
+            running.request_stop()
+        lazy.remote.remove()
+        origin = lazy.remote.origin
+        if origin.hold and not any(other.remote.origin.root == origin.root for other in self._open.values()):
+            self._release(lazy)
+
+    def _release(self, lazy: LazyDevice) -> None:
+        """Best effort: a hold that stays costs space in the store, and `gc` tells of it."""
+        try:
+            reader = lazy.reader(1)
+            reader.store.release(lazy.remote.origin.root)
+        except (ThinPoolError, OSError) as error:
+            log.warning("the hold %s in %s stays: %s", lazy.remote.origin.root, lazy.remote.origin.url, error)
+
+    def sweep(self) -> None:
+        """Delete files that a kill left; the pool was opened for writing."""
+        root = self._pool.location.root
+        if root is None or not (root / DIRECTORY).is_dir():
+            return
+        known = {entry.tags[TAG] for entry in self._pool.catalog.entries() if is_lazy(entry)}
+        for path in (root / DIRECTORY).iterdir():
+            if path.name not in known:
+                path.unlink(missing_ok=True)
+        for entry in self._pool.catalog.entries():
+            try:
+                self.of(entry)
+            except (PoolDamaged, OSError) as error:
+                log.warning("%r cannot be used: %s", entry.name, error)
+
+    # --- the background ---
+
+    def start_background(self) -> None:
+        """From now on every such device is fetched in the background."""
+        with self._pool.engine.transaction:
+            self._in_background = True
+            for entry in self._pool.catalog.entries():
+                lazy = self._open.get(entry.device_id)
+                if lazy is not None and entry.device_id not in self._running:
+                    self._start(entry, lazy)
+
+    def _start(self, entry: CatalogEntry, lazy: LazyDevice) -> None:
+        running = BackgroundHydration(entry.name, lazy, lambda: self.complete(entry))
+        self._running[entry.device_id] = running
+        running.start()
+
+    def failure(self, entry: CatalogEntry) -> str | None:
+        """What the background is waiting for to pass."""
+        running = self._running.get(entry.device_id)
+        return None if running is None or running.failure is None else str(running.failure)
+
+    def stop_background(self) -> None:
+        """End it; what was fetched is recorded. Called without locks, before the pool is closed."""
+        self._in_background = False
+        for running in list(self._running.values()):
+            running.request_stop()
+        for running in list(self._running.values()):
+            running.stop()
+
+
+def _held(store: Store, manifest: Manifest, request: PullRequest) -> Origin:
+    """Keep the snapshot's packs from the collector. Where we may not write, the snapshot itself has to stay."""
+    hold: str | None = None
+    try:
+        hold = store.hold(manifest)
+    except ThinPoolError as error:
+        log.warning("no hold could be written, the snapshot must not be forgotten meanwhile: %s", error)
+    if hold is not None:
+        try:
+            store.snapshot(request.snapshot)  # still there: so the collector sees one of the two
+        except BaseException:
+            store.release(hold)
+            raise
+    return Origin(
+        url=request.url,
+        snapshot=request.snapshot,
+        content_id=manifest.about.device,
+        root=hold or store.snapshot_key(request.snapshot),
+        hold=hold is not None,
+        key_file=None if request.key_file is None else str(Path(request.key_file).absolute()),
+    )

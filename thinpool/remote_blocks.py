@@ -1,0 +1,139 @@
+"""Which blocks of a device still lie in an object store: a bitmap in the pool directory, one file a device.
+
+In: the file, and the order in which bits reach it. Out: fetching (`lazy_device.py`), who has such a file
+(`lazy_devices.py`).
+
+A set bit says: unless this block is mapped, its content is in the store. So *the mapping wins*, and most bits may stay
+set too long without harm; a block that was fetched, or written by a client, is mapped. What must never happen is the
+other direction:
+
+* A fetched block's bit is cleared in the file only after the commit that made its mapping durable (`checkpoint`): the
+  bits are copied first, then the pool commits, then the copy is written.
+* A discarded block must not come back from the store. Its bit is cleared in the file before its mapping goes
+  (`clear_durably`). A power cut in between leaves a block that reads zeros although its discard was not answered yet,
+  which a discard allows.
+
+The file: a header of 4096 bytes (JSON, padded with zeros), then the bits, lowest first. A bit is cleared by writing a
+byte over a byte, so a torn write leaves old bits or new ones, both of which are right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bitarray import bitarray
+
+from .errors import PoolDamaged
+
+HEADER_BYTES = 4096
+FORMAT = "thinpool remote blocks 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the content is: the store, the snapshot, the object that holds its manifest (`root`), the key's file.
+
+    `hold` says that `root` is ours and is to be removed when it is not needed any more.
+    """
+
+    url: str
+    snapshot: str
+    content_id: str
+    root: str
+    hold: bool
+    key_file: str | None
+
+
+class RemoteBlocks:
+    """The bitmap of one device. `bits` is the present state; whoever changes it holds the device's lock."""
+
+    def __init__(self, path: Path, origin: Origin, bits: bitarray) -> None:
+        self.path = path
+        self.origin = origin
+        self.bits = bits
+        self._on_disk = bits.copy()
+
+    @classmethod
+    def create(cls, path: Path, origin: Origin, bits: bitarray) -> RemoteBlocks:
+        """Write a new file, durable on return."""
+        header = json.dumps({"format": FORMAT, "blocks": len(bits), **asdict(origin)}).encode("ascii")
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            file.write(header.ljust(HEADER_BYTES, b"\0"))
+            file.write(bits.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        _sync_directory(path.parent)
+        _sync_directory(path.parent.parent)
+        return cls(path, origin, bits)
+
+    @classmethod
+    def open(cls, path: Path) -> RemoteBlocks:
+        """Read a file. Raises PoolDamaged, OSError."""
+        data = path.read_bytes()
+        try:
+            header = json.loads(data[:HEADER_BYTES].rstrip(b"\0"))
+            count = header.pop("blocks")
+            if header.pop("format") != FORMAT or not isinstance(count, int):
+                raise ValueError(count)
+            origin = Origin(**header)
+            bits = bitarray(endian="little")
+            bits.frombytes(data[HEADER_BYTES:])
+            if len(bits) != -(-count // 8) * 8:
+                raise ValueError(len(bits))
+        except (ValueError, KeyError, TypeError) as error:
+            reason = "it does not tell which blocks are still to be fetched"
+            raise PoolDamaged(str(path), reason) from error
+        del bits[count:]
+        return cls(path, origin, bits)
+
+    def remote_in(self, begin: int, end: int) -> bool:
+        """Whether any bit of blocks [begin, end) is set."""
+        return self.bits.find(1, begin, min(end, len(self.bits))) >= 0
+
+    def clear_durably(self, begin: int, end: int) -> None:
+        """Clear bits here and in the file, on disk on return."""
+        end = min(end, len(self.bits))
+        if begin >= end:
+            return
+        self.bits[begin:end] = 0
+        if self._on_disk.find(1, begin, end) < 0:
+            return
+        self._on_disk[begin:end] = 0
+        low, high = begin // 8 * 8, min(-(-end // 8) * 8, len(self._on_disk))
+        self._write(low // 8, self._on_disk[low:high].tobytes())
+
+    def checkpoint(self, bits: bitarray) -> None:
+        """Clear in the file what is clear in `bits`, which were copied before the last commit; on disk on return."""
+        changed = self._on_disk & bits
+        if changed != self._on_disk:
+            self._on_disk = changed
+            self._write(0, changed.tobytes())
+
+    def _write(self, at: int, data: bytes) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            rest, at = memoryview(data), HEADER_BYTES + at
+            while rest:
+                done = os.pwrite(descriptor, rest, at)
+                rest, at = rest[done:], at + done
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove(self) -> None:
+        """Delete the file; it is not needed any more."""
+        self.path.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
