@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .block_map import MAPPED
-from .errors import ThinPoolError
+from .errors import StoreDamaged, ThinPoolError
 from .store.fetching import SnapshotReader
 from .store.keys import CHUNK_BYTES
 from .store.segments import SEGMENT_CHUNKS, Place
@@ -80,10 +80,15 @@ class LazyDevice:
 
     def ensure_local(self, begin: int, end: int) -> None:
         """Have blocks [begin, end) here. Raises OSError(EIO) where that is not possible now."""
-        if not self.remote.remote_in(begin, end):
+        end = min(end, len(self.remote.bits))
+        if not any(self._missing(block) for block in range(begin, end)):
             return
         try:
-            self.fetch(self._ahead(begin, end), self.reader(DEMAND_ATTEMPTS), begin, end)
+            reader = self.reader(DEMAND_ATTEMPTS)
+            try:
+                self.fetch(self._ahead(begin, end), reader, begin, end)
+            except StoreDamaged:
+                self.fetch(range(begin, end), reader, begin, end)  # perhaps it was only what lies ahead
         except ThinPoolError as error:
             raise OSError(errno.EIO, str(error)) from error
         except OSError as error:

@@ -1,0 +1,293 @@
+"""Pulling into a pool, whole and lazily: content, allocation, order on disk, a store that goes away."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.store_source import FakeDevice, FakeSnapshot
+from thinpool.catalog import CatalogEntry
+from thinpool.errors import (
+    DeviceExists,
+    DeviceIncomplete,
+    DeviceReceiving,
+    NoSuchStoredSnapshot,
+    StoreDamaged,
+)
+from thinpool.hydration import StoppedError, hydrate
+from thinpool.lazy_devices import PullRequest
+from thinpool.opening import create_pool, open_pool
+from thinpool.pool import Pool
+from thinpool.pool_location import PoolLocation
+from thinpool.push_source import push_source
+from thinpool.session import Session
+from thinpool.store.collecting import collect
+from thinpool.store.keys import CHUNK_BYTES
+from thinpool.store.known_chunks import KnownChunks
+from thinpool.store.pushing import Push
+from thinpool.store.store import Store
+
+pytest.importorskip("obstore", reason="needs the package obstore")
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture
+def open_one(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+    """A function that makes or opens the pool; whatever is open at the end is closed."""
+    opened: list[Pool] = []
+
+    def open_one(block_bytes: int = CHUNK_BYTES) -> Pool:
+        directory = tmp_path / "pool"
+        if not directory.exists():
+            create_pool(directory, size_bytes=256 * MIB, block_bytes=block_bytes)
+        opened.append(open_pool(PoolLocation.directory(directory)))
+        return opened[-1]
+
+    yield open_one
+    for pool in opened:
+        pool.close()
+
+
+def pushed(url: str, name: str = "image") -> FakeSnapshot:
+    """A device of 130 MiB and a bit with data, allocated zeros and holes."""
+    store = Store.open(url, create=True)
+    device = FakeDevice(130 * MIB + 4096)
+    for block in (*range(40), *range(1020, 1030), *range(2000, 2100, 3), 2080):
+        device.write(block, secrets.token_bytes(24))
+    device.write(50, b"\0")
+    snapshot = device.snapshot()
+    Push(store, snapshot, name, KnownChunks(None)).run()
+    return snapshot
+
+
+def entry_of(pool: Pool, name: str) -> CatalogEntry:
+    entry = pool.catalog.by_name(name)
+    assert entry is not None
+    return entry
+
+
+def content(session: Session, offset: int, length: int) -> bytes:
+    return bytes(session.read_bytes(offset, length))
+
+
+def is_equal(session: Session, snapshot: FakeSnapshot) -> bool:
+    return all(
+        content(session, at, min(MIB, snapshot.size_bytes - at))
+        == snapshot.content(at, min(MIB, snapshot.size_bytes - at))
+        for at in range(0, snapshot.size_bytes, MIB)
+    )
+
+
+def mapped_blocks(pool: Pool, name: str) -> set[int]:
+    found = pool.engine.metadata.mappings(entry_of(pool, name).device_id, 0, 1 << 40)
+    return {int(key) for keys, _ in found for key in keys}
+
+
+def complete(pool: Pool, name: str) -> None:
+    lazy = pool.lazy.of(entry_of(pool, name))
+    assert lazy is not None
+    hydrate(lazy, threading.Event())
+    pool.lazy.complete(entry_of(pool, name))
+
+
+@pytest.mark.parametrize("block_bytes", [CHUNK_BYTES, 3 * CHUNK_BYTES, MIB])
+def test_a_pull_restores_content_and_allocation(
+    url: str, open_one: Callable[..., Pool], block_bytes: int
+) -> None:
+    snapshot = pushed(url)
+    pool = open_one(block_bytes)
+    pool.begin_pull(PullRequest(url, "image", "copy", read_only=True))
+    with pytest.raises(DeviceReceiving):
+        pool.open_session(entry_of(pool, "copy"))
+    complete(pool, "copy")
+    assert is_equal(pool.open_session(entry_of(pool, "copy")), snapshot)
+    expected = {chunk * CHUNK_BYTES // block_bytes for chunk in snapshot.mapped_chunks()}
+    assert mapped_blocks(pool, "copy") == expected
+    assert entry_of(pool, "copy").content_id == snapshot.identity
+    assert not list((pool.location.root or Path()).joinpath("remote").iterdir())
+    assert not list(Store.open(url).held())
+
+
+def test_a_pulled_snapshot_is_a_base_for_pushing_back(
+    url: str, open_one: Callable[..., Pool], tmp_path: Path
+) -> None:
+    pushed(url)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy", read_only=True))
+    complete(pool, "copy")
+    pool.create_snapshot("copy", "work")
+    session = pool.open_session(entry_of(pool, "work"))
+    session.enter()
+    session.write(64 * MIB, memoryview(b"x" * CHUNK_BYTES))
+    session.leave()
+    session.close()
+    pool.create_snapshot("work", "tuesday", read_only=True)
+    pool.close()
+    known = KnownChunks(tmp_path / "cache")
+    store = Store.open(url)
+    with push_source(PoolLocation.directory(tmp_path / "pool"), "copy") as source:
+        assert Push(store, source, "image", known).run().up_to_date
+    known.remember_push(source.identity, "image")
+    with push_source(PoolLocation.directory(tmp_path / "pool"), "tuesday") as source:
+        report = Push(store, source, "tuesday", known).run()
+    assert (report.base, report.read_bytes) == ("image", CHUNK_BYTES)
+
+
+def test_a_lazy_device_reads_writes_and_discards_like_a_whole_one(
+    url: str, open_one: Callable[..., Pool]
+) -> None:
+    snapshot = pushed(url)
+    pool = open_one(4 * CHUNK_BYTES)
+    pool.begin_pull(PullRequest(url, "image", "copy", lazy=True))
+    session = pool.open_session(entry_of(pool, "copy"))
+    model = bytearray(snapshot.content(0, snapshot.size_bytes))
+    # Part of a block that is remote, a whole one, a discard, zeroes that begin and end inside of blocks.
+    session.enter()
+    session.write(5000, memoryview(b"y" * 100))
+    session.write(2 * MIB, memoryview(b"z" * MIB))
+    session.leave()
+    model[5000:5100], model[2 * MIB : 3 * MIB] = b"y" * 100, b"z" * MIB
+    session.trim(125 * MIB, MIB)
+    model[125 * MIB : 126 * MIB] = bytes(MIB)
+    session.zero(126 * MIB + 100, MIB, keep_allocated=False, fast_only=False)
+    model[126 * MIB + 100 : 127 * MIB + 100] = bytes(MIB)
+    session.zero(MIB + 7, 4 * CHUNK_BYTES, keep_allocated=True, fast_only=False)
+    model[MIB + 7 : MIB + 7 + 4 * CHUNK_BYTES] = bytes(4 * CHUNK_BYTES)
+    assert content(session, 0, len(model)) == bytes(model)
+    complete(pool, "copy")
+    assert content(session, 0, len(model)) == bytes(model)
+
+
+def test_what_was_discarded_does_not_come_back_after_a_restart(
+    url: str, open_one: Callable[..., Pool]
+) -> None:
+    snapshot = pushed(url)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy", lazy=True))
+    session = pool.open_session(entry_of(pool, "copy"))
+    session.trim(0, 10 * CHUNK_BYTES)
+    assert content(session, 20 * CHUNK_BYTES, 100) == snapshot.content(20 * CHUNK_BYTES, 100)
+    session.enter()
+    session.write(21 * CHUNK_BYTES, memoryview(b"new!"))
+    session.leave()
+    session.close()
+    pool.close()
+    pool = open_one()
+    session = pool.open_session(entry_of(pool, "copy"))
+    complete(pool, "copy")
+    assert content(session, 0, 10 * CHUNK_BYTES) == bytes(10 * CHUNK_BYTES)
+    assert content(session, 21 * CHUNK_BYTES, 4) == b"new!"
+    at = 11 * CHUNK_BYTES
+    assert content(session, at, CHUNK_BYTES) == snapshot.content(at, CHUNK_BYTES)
+
+
+def test_snapshots_of_a_lazy_device_are_what_it_was(url: str, open_one: Callable[..., Pool]) -> None:
+    snapshot = pushed(url)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy", lazy=True))
+    session = pool.open_session(entry_of(pool, "copy"))
+    content(session, 0, 3 * CHUNK_BYTES)
+    pool.create_snapshot("copy", "before")
+    session.trim(0, 20 * CHUNK_BYTES)
+    pool.create_snapshot("copy", "after", read_only=True)
+    for name in ("copy", "after"):
+        with pytest.raises(DeviceIncomplete):
+            pool.diff("before", name)
+    pool.delete("after")
+    session.close()
+    pool.delete("copy")
+    # The snapshot still holds on to the store: the collector leaves what it needs, though the image is forgotten.
+    store = Store.open(url)
+    store.forget("image")
+    collect(store, grace_seconds=0)
+    collect(store, grace_seconds=0)
+    before = pool.open_session(entry_of(pool, "before"))
+    assert is_equal(before, snapshot)
+    complete(pool, "before")
+    collect(store, grace_seconds=0)
+    assert not store.packs()
+
+
+def test_an_absent_store_costs_only_what_is_not_here(
+    url: str, open_one: Callable[..., Pool], tmp_path: Path
+) -> None:
+    snapshot = pushed(url)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy", lazy=True))
+    session = pool.open_session(entry_of(pool, "copy"))
+    content(session, 0, CHUNK_BYTES)
+    (tmp_path / "store").rename(tmp_path / "away")
+    assert content(session, 0, CHUNK_BYTES) == snapshot.content(0, CHUNK_BYTES)
+    with pytest.raises(OSError, match="missing") as failure:
+        content(session, 124 * MIB + 8 * MIB // 2, CHUNK_BYTES)
+    assert failure.value.errno == errno.EIO
+    assert sum(length for length, _ in session.extents(0, snapshot.size_bytes)) == snapshot.size_bytes
+    session.enter()
+    session.write(125 * MIB, memoryview(b"w" * CHUNK_BYTES))  # a whole block needs no store
+    session.leave()
+    assert content(session, 125 * MIB, 10) == b"w" * 10
+    (tmp_path / "away").rename(tmp_path / "store")
+    assert content(session, 1024 * CHUNK_BYTES, CHUNK_BYTES) == snapshot.content(
+        1024 * CHUNK_BYTES, CHUNK_BYTES
+    )
+
+
+def test_an_interrupted_pull_goes_on(url: str, open_one: Callable[..., Pool]) -> None:
+    snapshot = pushed(url)
+    pool = open_one()
+    request = PullRequest(url, "image", "copy")
+    pool.begin_pull(request)
+    lazy = pool.lazy.of(entry_of(pool, "copy"))
+    assert lazy is not None
+    lazy.fetch(range(30), lazy.reader())
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        hydrate(lazy, stop)
+    pool.close()
+    pool = open_one()
+    pool.begin_pull(request)
+    lazy = pool.lazy.of(entry_of(pool, "copy"))
+    assert lazy is not None
+    assert not lazy.remote.bits[:30].any()
+    complete(pool, "copy")
+    assert is_equal(pool.open_session(entry_of(pool, "copy")), snapshot)
+    with pytest.raises(DeviceExists):
+        pool.begin_pull(request)
+
+
+def test_a_pull_that_is_given_up_leaves_nothing(url: str, open_one: Callable[..., Pool]) -> None:
+    pushed(url)
+    pool = open_one()
+    with pytest.raises(NoSuchStoredSnapshot):
+        pool.begin_pull(PullRequest(url, "other", "copy"))
+    pool.begin_pull(PullRequest(url, "image", "copy"))
+    pool.abort_pull("copy")
+    assert pool.catalog.by_name("copy") is None
+    assert not list(Store.open(url).held())
+    assert pool.status().data_used_bytes == 0
+
+
+def test_damage_is_named_and_not_restored(url: str, open_one: Callable[..., Pool], tmp_path: Path) -> None:
+    pushed(url)
+    packs = sorted((tmp_path / "store" / "packs").rglob("*-00000000"))
+    data = bytearray(packs[0].read_bytes())
+    data[40] ^= 1
+    packs[0].write_bytes(data)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy"))
+    with pytest.raises(StoreDamaged, match=packs[0].name):
+        complete(pool, "copy")
+    with pytest.raises(DeviceReceiving):
+        pool.open_session(entry_of(pool, "copy"))
