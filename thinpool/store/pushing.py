@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from thinpool.errors import StoredSnapshotExists
+from thinpool.errors import StoreDamaged, StoredSnapshotExists
 
 from .blobs import compressed
 from .fetching import read_segments
@@ -91,6 +91,7 @@ class Push:
         self._report = PushReport(name, None)
         self._usable: dict[bytes, int] = {}
         self._own: dict[bytes, Place] = {}
+        self._refused: set[bytes] = set()
         self._shields: list[str] = []
         self._renewed = 0.0
         self._settled = 0.0
@@ -121,9 +122,9 @@ class Push:
         self._segments = PackWriter(self._store.keys, names, self._uploads)
         try:
             with ThreadPoolExecutor(WORKERS, thread_name_prefix="compress") as self._workers:
-                manifest = self._build(*self._plan())
+                manifest = self._begun()
                 while doubtful := self._settle(manifest) or self._publish(manifest):
-                    manifest = self._build(manifest, self._stale_work(manifest, doubtful))
+                    manifest = self._mended(manifest, doubtful)
         finally:
             self._uploads.close()
         self._store.objects.delete([self._pending_key, *(PENDING + push for push in self._shields)])
@@ -143,6 +144,27 @@ class Push:
         self._index.add(listed)
 
     # --- what to do ---
+
+    def _begun(self) -> Manifest:
+        try:
+            return self._build(*self._plan())
+        except StoreDamaged:
+            return self._from_nothing()  # what lies in the store is damaged, not what is pushed
+
+    def _mended(self, manifest: Manifest, doubtful: set[bytes]) -> Manifest:
+        """The manifest without some packs. Where its segments are among what is gone, it is made from nothing."""
+        self._refused |= doubtful
+        try:
+            return self._build(manifest, self._stale_work(manifest, doubtful))
+        except StoreDamaged:
+            return self._from_nothing()
+
+    def _from_nothing(self) -> Manifest:
+        self._report.base = None
+        self._mapped_chunks = 0
+        return self._build(
+            Manifest(self._description()), segment_work(self._source.mapped(0, self._source.size_bytes))
+        )
 
     def _plan(self) -> tuple[Manifest, Iterator[SegmentWork]]:
         about = self._description()
@@ -297,7 +319,9 @@ class Push:
 
     def _find(self, name: bytes) -> Place | None:
         place = self._own.get(name) or self._known.find(name)
-        if place is None or (place.pack not in self._usable and place.pack[:PUSH_BYTES] != self._push):
+        if place is None or place.pack in self._refused:
+            return None
+        if place.pack not in self._usable and place.pack[:PUSH_BYTES] != self._push:
             return None
         return place
 
