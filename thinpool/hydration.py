@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 8 << 20  # about what lies in one pack
 FETCHERS = 4
 CHECKPOINT_SECONDS = 3.0
+BACKGROUND_ATTEMPTS = 2  # it comes again anyway, and must not hold up the end of the server
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 1.0, 30.0
 
 log = logging.getLogger("thinpool")
@@ -30,13 +31,19 @@ class StoppedError(Exception):
 
 
 def hydrate(
-    lazy: LazyDevice, stop: threading.Event, progress: Callable[[int, int], None] | None = None
+    lazy: LazyDevice,
+    stop: threading.Event,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    attempts: int | None = None,
 ) -> None:
-    """Fetch everything. What was fetched is durable, and recorded, when this returns or raises.
+    """Fetch everything; `attempts` a request, where the usual number is not wanted.
+
+    What was fetched is durable, and recorded, when this returns or raises.
 
     Raises StoppedError, the store's errors, OSError (ENOSPC when the pool is full), and what a commit raises.
     """
-    reader = lazy.reader()
+    reader = lazy.reader(attempts)
     total = lazy.remote_blocks * lazy.block_bytes
     try:
         with ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch") as threads:
@@ -85,6 +92,7 @@ class BackgroundHydration:
         self._lazy = lazy
         self._complete = complete
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self.failure: ThinPoolError | OSError | None = None
         self._thread = threading.Thread(target=self._run, name=f"hydrate {name}", daemon=True)
 
@@ -95,10 +103,15 @@ class BackgroundHydration:
     def request_stop(self) -> None:
         """Begin to end; returns at once."""
         self._stop.set()
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """Try again now: somebody waits, or knows that the store is back."""
+        self._wake.set()
 
     def stop(self) -> None:
         """End, after what is on its way has been recorded."""
-        self._stop.set()
+        self.request_stop()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -107,7 +120,7 @@ class BackgroundHydration:
         while not self._stop.is_set() and not self._lazy.closed:
             before = self._lazy.remote_blocks
             try:
-                hydrate(self._lazy, self._stop)
+                hydrate(self._lazy, self._stop, attempts=BACKGROUND_ATTEMPTS)
                 self._complete()
             except StoppedError:
                 return
@@ -122,4 +135,5 @@ class BackgroundHydration:
                 return
             patient = self._lazy.remote_blocks == before or isinstance(self.failure, StoreDamaged)
             pause = min(pause * 2, PAUSE_SECONDS_MAX) if patient else PAUSE_SECONDS
-            self._stop.wait(pause)
+            self._wake.wait(pause)
+            self._wake.clear()

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .block_map import MAPPED
-from .errors import StoreDamaged, ThinPoolError
+from .errors import StoreDamaged, StoreUnreachable, ThinPoolError
+from .store.backends import open_objects
+from .store.documents import opened_document
 from .store.fetching import SnapshotReader
-from .store.keys import CHUNK_BYTES
+from .store.keys import CHUNK_BYTES, open_store
 from .store.segments import SEGMENT_CHUNKS, Place
 from .store.store import Store
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 # What a read fetches beyond what it asked for, if that lies next to it: a request costs more than the bytes.
 READAHEAD_BYTES = 1 << 20
 DEMAND_ATTEMPTS = 2
+AWAY_SECONDS = 1.0
 
 
 class LazyDevice:
@@ -47,6 +51,7 @@ class LazyDevice:
         self._landed = threading.Condition()
         self._learned: set[int] = set()
         self._checkpointing = threading.Lock()
+        self._away_until = 0.0
 
     @property
     def remote_blocks(self) -> int:
@@ -65,16 +70,17 @@ class LazyDevice:
             return self._readers[attempts]
 
     def _open_reader(self) -> SnapshotReader:
+        """Open the store, in few attempts: somebody may be waiting for a block, and the background comes again."""
         origin = self.remote.origin
         secret = None
         if origin.key_file is not None:
             secret = Path(origin.key_file).read_bytes().removesuffix(b"\n")
-        store = Store.open(origin.url, secret)
-        content = store.objects.get(origin.root)
-        from .store.documents import opened_document
-
-        manifest = store.decoded(origin.root, opened_document(store.keys, store.url, origin.root, content))
-        return SnapshotReader(store, manifest)
+        objects = open_objects(origin.url)
+        hurried = objects.hurried(DEMAND_ATTEMPTS)
+        keys = open_store(hurried, secret)
+        content = opened_document(keys, origin.url, origin.root, hurried.get(origin.root))
+        store = Store(objects, keys)
+        return SnapshotReader(store, store.decoded(origin.root, content))
 
     # --- on demand ---
 
@@ -83,6 +89,8 @@ class LazyDevice:
         end = min(end, len(self.remote.bits))
         if not any(self._missing(block) for block in range(begin, end)):
             return
+        if time.monotonic() < self._away_until:
+            raise OSError(errno.EIO, "the store is away")
         try:
             reader = self.reader(DEMAND_ATTEMPTS)
             try:
@@ -90,6 +98,9 @@ class LazyDevice:
             except StoreDamaged:
                 self.fetch(range(begin, end), reader, begin, end)  # perhaps it was only what lies ahead
         except ThinPoolError as error:
+            if isinstance(error, StoreUnreachable):
+                # Others that read meanwhile need not all wait as long to learn the same.
+                self._away_until = time.monotonic() + AWAY_SECONDS
             raise OSError(errno.EIO, str(error)) from error
         except OSError as error:
             raise OSError(errno.EIO, f"a block cannot be fetched: {error.strerror or error}") from error

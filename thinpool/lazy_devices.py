@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from bitarray import bitarray
 
 from .catalog import CatalogEntry, Put
-from .errors import DeviceExists, DeviceIncomplete, NoSuchDevice, PoolDamaged, ThinPoolError
+from .errors import DeviceExists, DeviceIncomplete, NoSuchDevice, PoolDamaged, StoreUnreachable, ThinPoolError
 from .hydration import BackgroundHydration
 from .lazy_device import LazyDevice
 from .remote_blocks import Origin, RemoteBlocks
@@ -120,6 +120,9 @@ class LazyDevices:
         present = self._pool.catalog.by_name(request.name)
         if present is not None:
             self._same(present, request)
+            running = self._running.get(present.device_id)
+            if running is not None:
+                running.hurry()
             return present
         secret = None
         if request.key_file is not None:
@@ -181,7 +184,7 @@ class LazyDevices:
             "remote_bytes": self.remote_bytes(entry),
             "complete": not is_lazy(entry),
             "usable": entry.receiving is None,
-            "failure": self.failure(entry),
+            **self._failure(entry),
         }
 
     # --- forking and ending ---
@@ -285,10 +288,14 @@ class LazyDevices:
         self._running[entry.device_id] = running
         running.start()
 
-    def failure(self, entry: CatalogEntry) -> str | None:
-        """What the background is waiting for to pass."""
+    def _failure(self, entry: CatalogEntry) -> dict[str, Any]:
+        """What the background met last, and whether that may pass by itself."""
         running = self._running.get(entry.device_id)
-        return None if running is None or running.failure is None else str(running.failure)
+        failure = None if running is None else running.failure
+        return {
+            "failure": None if failure is None else str(failure),
+            "may_pass": isinstance(failure, StoreUnreachable),
+        }
 
     def stop_background(self) -> None:
         """End it; what was fetched is recorded. Called without locks, before the pool is closed."""

@@ -17,7 +17,7 @@ from thinpool.pool_location import PoolLocation
 from thinpool.wording import iec, quoted
 
 from .arguments import json_option, key_file_option, pool_command
-from .report import emit_json
+from .report import emit_json, warn
 from .store import secret_of
 from .work_progress import WorkProgress
 
@@ -139,10 +139,13 @@ def _pull_there(access: PoolAccess, request: PullRequest) -> dict[str, Any]:
     from thinpool.errors import RemoteFailure
 
     state: dict[str, Any] = access.operate("pull", asdict(request))["pull"]
-    total = state["remote_bytes"]
+    total, warned = state["remote_bytes"], False
     with WorkProgress("pulling") as progress:
         while not request.lazy and not state["complete"]:
-            if state["failure"] is not None:
+            if state["may_pass"] and not warned:
+                warn(f"{state['failure']} (the server of the pool goes on trying; so does this command wait)")
+                warned = True
+            elif state["failure"] is not None and not state["may_pass"]:
                 raise RemoteFailure(
                     kind="pull", message=f"{state['failure']}; it goes on trying in the background"
                 )
