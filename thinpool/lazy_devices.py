@@ -70,6 +70,8 @@ class LazyDevices:
         self._open: dict[int, LazyDevice] = {}
         self._running: dict[int, BackgroundHydration] = {}
         self._in_background = False
+        # Completed since the pool was opened: whoever waited for one learns that it is done, not that it exists.
+        self._completed: dict[int, Origin] = {}
 
     # --- finding ---
 
@@ -140,10 +142,10 @@ class LazyDevices:
 
     def _same(self, present: CatalogEntry, request: PullRequest) -> None:
         """Raise DeviceExists unless the device is being pulled from the same snapshot."""
-        if is_lazy(present):
-            origin = RemoteBlocks.open(self._path(present.tags[TAG])).origin
-            if (origin.url, origin.snapshot) == (request.url, request.snapshot):
-                return
+        lazy = self.of(present)
+        origin = lazy.remote.origin if lazy is not None else self._completed.get(present.device_id)
+        if origin is not None and (origin.url, origin.snapshot) == (request.url, request.snapshot):
+            return
         raise DeviceExists(request.name)
 
     def _create(self, request: PullRequest, manifest: Manifest, origin: Origin) -> CatalogEntry:
@@ -210,6 +212,7 @@ class LazyDevices:
     @contextmanager
     def ending(self, entry: CatalogEntry) -> Iterator[None]:
         """Around the step that deletes a device: nothing is fetched into it any more."""
+        self._completed.pop(entry.device_id, None)
         lazy = self._open.get(entry.device_id)
         if lazy is not None:
             lazy.close()
@@ -232,6 +235,7 @@ class LazyDevices:
             assert lazy.remote.bits.find(1) < 0
             pool.commit()
             pool.catalog.apply([Put(replace(present, tags=untagged(present.tags), receiving=None))])
+            self._completed[entry.device_id] = lazy.remote.origin
             self.drop(entry.device_id)
         log.info("%r is complete", present.name)
 

@@ -263,8 +263,12 @@ def test_an_interrupted_pull_goes_on(url: str, open_one: Callable[..., Pool]) ->
     assert not lazy.remote.bits[:30].any()
     complete(pool, "copy")
     assert is_equal(pool.open_session(entry_of(pool, "copy")), snapshot)
+    assert pool.begin_pull(request)["complete"]
     with pytest.raises(DeviceExists):
-        pool.begin_pull(request)
+        pool.begin_pull(PullRequest(url, "other", "copy"))
+    pool.create_device("plain", MIB)
+    with pytest.raises(DeviceExists):
+        pool.begin_pull(PullRequest(url, "image", "plain"))
 
 
 def test_a_pull_that_is_given_up_leaves_nothing(url: str, open_one: Callable[..., Pool]) -> None:

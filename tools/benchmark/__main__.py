@@ -118,6 +118,12 @@ def spike_lines(options: argparse.Namespace, work: Path) -> list[str]:
     return spikes.run(work, size_bytes=size_bytes, rounds=rounds, seconds=options.seconds or 1.0)
 
 
+def store_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import storing
+
+    return storing.run(work, data_bytes=(options.size or (64 if options.quick else 1024)) * MIB)
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """A report that is not about the matrix: what `--help` says, its title, and what measures and writes it."""
@@ -132,6 +138,7 @@ REPORTS = {
     "open": Report("large pools", "Large pools", open_lines),
     "crowd": Report("many clients, bad clients", "Many clients, bad clients", crowd_lines),
     "calls": Report("system calls a request", "System calls a request", call_lines),
+    "store": Report("push and pull beside copying alone", "Object storage", store_lines),
     "spikes": Report("threads, event loop, processes", "Shapes of a server", spike_lines),
 }
 
