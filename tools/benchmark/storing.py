@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,10 @@ from pathlib import Path
 
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool_location import PoolLocation
+from thinpool.store.blobs import compressed
+from thinpool.store.manifests import Description, Manifest
+from thinpool.store.packs import PACK_BYTES, PACK_HEAD
+from thinpool.store.segments import Place, Segment
 
 MIB = 1 << 20
 IMAGE_BYTES = 10 << 30
@@ -225,4 +230,44 @@ def run(work: Path, *, data_bytes: int) -> list[str]:
     bench.pull()
     bench.pull_lazily()
     bench.collect()
-    return bench.lines
+    return bench.lines + size_lines()
+
+
+def size_lines() -> list[str]:
+    """What the tables of 1 TiB take, encoded by the real code: all of it mapped, no chunk compressible or known."""
+    push = secrets.token_bytes(12)
+
+    def pack(number: int) -> bytes:
+        return push + number.to_bytes(4, "big")
+
+    chunk_stored = 65537
+    chunks_a_pack = -(-(PACK_BYTES - len(PACK_HEAD)) // chunk_stored)
+    first = {
+        position: Place(
+            pack(position // chunks_a_pack),
+            len(PACK_HEAD) + position % chunks_a_pack * chunk_stored,
+            chunk_stored,
+            secrets.token_bytes(32),
+        )
+        for position in range(1024)
+    }
+    segment = len(compressed(Segment(first).encode()))
+    segments_a_pack = PACK_BYTES // segment
+    packs = (1 << 24) // chunks_a_pack
+    about = Description("disk-monday", "0" * 36, 1 << 40, 65536, 1 << 40, 1 << 40, 1.0, 1.0, "host")
+    manifest = Manifest(about)
+    for number in range(1 << 14):
+        place = pack(packs + number // segments_a_pack)
+        offset = len(PACK_HEAD) + number % segments_a_pack * segment
+        manifest.segments[number] = Place(place, offset, segment, secrets.token_bytes(32))
+        manifest.packs[place] += segment
+    for number in range(packs):
+        manifest.packs[pack(number)] = chunks_a_pack * chunk_stored
+    length = len(compressed(manifest.encode()))
+    return [
+        "",
+        "Sizes of the tables of 1 TiB, all of it mapped and incompressible, made by the code itself:",
+        "",
+        f"- a segment (64 MiB): {segment} bytes; all 16384: {segment * 16384 / MIB:.0f} MiB",
+        f"- a manifest: {length} bytes, naming {len(manifest.packs)} packs",
+    ]
