@@ -206,8 +206,8 @@ OPERATIONS: Mapping[str, Operation] = {
             "key_file": Parameter((str, type(None)), required=False),
         },
     ),
-    "pull_abort": Operation(_pull_abort, {"name": TEXT}),
-    "pull_state": Operation(_pull_state, {"name": TEXT}, looks_only=True),
+    "pull-abort": Operation(_pull_abort, {"name": TEXT}),
+    "pull-state": Operation(_pull_state, {"name": TEXT}, looks_only=True),
     "diff": Operation(
         _diff, {"old": TEXT, "new": TEXT, "begin_bytes": Parameter((int,), required=False)}, looks_only=True
     ),

@@ -72,7 +72,7 @@ def pull_command(
 
     access = PoolAccess(location)
     if abort:
-        _report({"aborted": access.operate("pull_abort", {"name": name})["aborted"]}, as_json=as_json)
+        _report({"aborted": access.operate("pull-abort", {"name": name})["aborted"]}, as_json=as_json)
         return
     secret_of(key_file)
     request = PullRequest(
@@ -151,5 +151,5 @@ def _pull_there(access: PoolAccess, request: PullRequest) -> dict[str, Any]:
                 )
             progress.show(total - state["remote_bytes"], total)
             time.sleep(POLL_SECONDS)
-            state = access.operate("pull_state", {"name": request.name})["pull"]
+            state = access.operate("pull-state", {"name": request.name})["pull"]
     return state
