@@ -68,6 +68,7 @@ class KilledPool:
         self._world: World = {}
         self._contents = Contents()
         self._counter = 0
+        self._pool_bytes = POOL_BYTES
         self.before_judging: Callable[[], object] = lambda: None
         create_pool(work / "pool", size_bytes=POOL_BYTES, metadata_bytes=4 << 20)
         pool = open_pool(self._location)
@@ -84,7 +85,13 @@ class KilledPool:
         server = self._serve()
         try:
             self._greeted(server)
-            load = Load(self._world, self._contents, self.random.getrandbits(40), first_number=self._counter)
+            load = Load(
+                self._world,
+                self._contents,
+                self.random.getrandbits(40),
+                first_number=self._counter,
+                pool_bytes=self._pool_bytes,
+            )
             load.start(self._socket, self._operate)
             time.sleep(load_seconds)
             load.killed.set()
@@ -111,7 +118,7 @@ class KilledPool:
         self._forget()
 
     def _operate(self, name: str, given: Mapping[str, Any]) -> object:
-        if self._cli and self.random.random() < 0.15:
+        if self._cli and name != "grow" and self.random.random() < 0.15:
             return self._command(name, given)
         return self._access.operate(name, given)
 
@@ -202,6 +209,7 @@ class KilledPool:
         try:
             if not pool.writable:
                 raise Violation("the pool opens read-only")
+            self._pool_bytes = pool.status().data_bytes
             entries, problems = pool.catalog.entries(), []
             shown = {}
             for entry in entries:

@@ -49,7 +49,9 @@ Operate = Callable[[str, Mapping[str, Any]], object]
 class Load:
     """One load on one served pool, from `start` to `join`. `failures` are errors that no kill explains."""
 
-    def __init__(self, world: World, contents: Contents, seed: int, *, first_number: int) -> None:
+    def __init__(
+        self, world: World, contents: Contents, seed: int, *, first_number: int, pool_bytes: int
+    ) -> None:
         self.oracle = Oracle({name: model.copy() for name, model in world.items()})
         self.contents = contents
         self.failures: list[BaseException] = []
@@ -58,6 +60,7 @@ class Load:
         self.administered = 0
         self.killed = threading.Event()
         self._seed = seed
+        self._pool_bytes = pool_bytes
         self._counter = first_number
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -212,9 +215,13 @@ class Load:
             step = steps.Rollback("idle", at.choice(others), number, kept)
             given = {"name": step.name, "snapshot": step.snapshot, "keep": kept or False}
             self._step(step, operate, "rollback", given)
-        elif others:
+        elif choice < 0.9 and others:
             name = at.choice(others)
             self._step(steps.Delete(name), operate, "delete", {"name": name})
+        else:
+            # In tiny steps, while everybody writes.
+            self._pool_bytes += at.randrange(1, 4) * BLOCK_SECTORS * SECTOR_BYTES
+            self._step(steps.PoolOnly("grow"), operate, "grow", {"size_bytes": self._pool_bytes})
 
     def _step(self, step: Step, operate: Operate, name: str, given: Mapping[str, Any]) -> None:
         if self.killed.is_set():

@@ -1,0 +1,344 @@
+"""Situations that people met with other thin pools, each held here where no other test holds it already.
+
+docs/crash-safety.md lists them all, with the test of each.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from metadata import MetadataFull, PoolMetadata, recount
+from tests.fakes.metadata_pools import contents, new_pool, packed, span
+from thinpool.errors import DeviceExists, PoolBusy
+from thinpool.opening import create_pool, open_pool
+from thinpool.pool import Pool
+from thinpool.pool_location import PoolLocation
+from thinpool.session import Session
+
+BLOCK = 65536
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+    """A function that makes and opens a pool of so many data blocks."""
+    opened = []
+
+    def made(blocks: int, **options: int) -> Pool:
+        create_pool(tmp_path / "pool", size_bytes=blocks * BLOCK, **options)
+        opened.append(open_pool(PoolLocation.directory(tmp_path / "pool")))
+        return opened[-1]
+
+    yield made
+    for pool in opened:
+        pool.close()
+
+
+def session_on(pool: Pool, name: str) -> Session:
+    entry = pool.catalog.by_name(name)
+    assert entry is not None
+    return pool.open_session(entry)
+
+
+def write(session: Session, offset: int, data: bytes) -> None:
+    session.enter()
+    try:
+        session.write(offset, memoryview(data))
+    finally:
+        session.leave()
+        session.sent()
+
+
+def stamp(number: int) -> bytes:
+    return bytes([number % 251 + 1]) * BLOCK
+
+
+def fill(pool: Pool, name: str, blocks: range) -> None:
+    session = session_on(pool, name)
+    for block in blocks:
+        write(session, block * BLOCK, stamp(block))
+    session.flush()
+    session.close()
+
+
+def test_a_full_pool_changes_what_it_may_and_keeps_what_is_shared(make: Callable[..., Pool]) -> None:
+    """B03: own blocks can still be overwritten, shared ones keep their content for both who share them."""
+    pool = make(8)
+    pool.create_device("disk", 16 * BLOCK)
+    fill(pool, "disk", range(4))
+    pool.create_snapshot("disk", "before")
+    fill(pool, "disk", range(2))  # two copies
+    fill(pool, "disk", range(4, 6))
+    session = session_on(pool, "disk")
+    write(session, 4 * BLOCK, stamp(90))
+    for offset in (2 * BLOCK, 9 * BLOCK):  # shared, unmapped
+        with pytest.raises(OSError, match="no data block") as caught:
+            write(session, offset + 512, b"x" * 4096)
+        assert caught.value.errno == errno.ENOSPC
+    assert session.read_bytes(2 * BLOCK, BLOCK) == stamp(2)
+    assert session.read_bytes(4 * BLOCK, BLOCK) == stamp(90)
+    assert not any(session.read_bytes(9 * BLOCK, BLOCK))
+    session.close()
+    snapshot = session_on(pool, "before")
+    assert snapshot.read_bytes(2 * BLOCK, BLOCK) == stamp(2)
+    snapshot.close()
+
+
+def full_of_snapshots(make: Callable[..., Pool]) -> Pool:
+    """A pool without a free block: a device whose eight blocks were written before each of nine snapshots."""
+    pool = make(80)
+    pool.create_device("disk", 8 * BLOCK)
+    for turn in range(10):
+        fill(pool, "disk", range(8))
+        if turn < 9:
+            pool.create_snapshot("disk", f"s{turn}")
+    assert pool.status().data_free_bytes == 0
+    return pool
+
+
+def test_deleting_in_a_full_pool_takes_no_block(make: Callable[..., Pool]) -> None:
+    """B11: the middle of many snapshots goes, and the space that is free only grows."""
+    pool = full_of_snapshots(make)
+    free = [0]
+    for name in ("s4", "s0", "s8", "s5"):
+        pool.delete(name)
+        free.append(pool.status().data_free_bytes)
+    assert free == [8 * BLOCK * turn for turn in range(5)]
+    fill(pool, "disk", range(8))
+
+
+def test_a_full_pool_opens_and_is_emptied_without_a_server(make: Callable[..., Pool]) -> None:
+    """B13: nothing is allocated by opening, reading, listing and deleting."""
+    full_of_snapshots(make).close()
+    pool = open_pool(PoolLocation.directory(full_path(make)))
+    before = pool.status().data_used_bytes
+    assert len(pool.devices()) == 10
+    session = session_on(pool, "s3")
+    assert session.read_bytes(0, BLOCK) == stamp(0)
+    session.close()
+    assert pool.status().data_used_bytes == before == 80 * BLOCK
+    for turn in range(9):
+        pool.delete(f"s{turn}")
+    assert pool.status().data_used_bytes == 8 * BLOCK
+    pool.close()
+
+
+def full_path(make: Callable[..., Pool]) -> Path:
+    cells = make.__closure__
+    assert cells is not None
+    return next(cell.cell_contents for cell in cells if isinstance(cell.cell_contents, Path)) / "pool"
+
+
+@pytest.mark.parametrize("order", ["ascending", "shuffled"])
+def test_metadata_grow_with_what_is_mapped(order: str) -> None:
+    """B19: about 16 bytes a mapping written in order, twice that at random, and leaves alone for a snapshot."""
+    count, store_pool = 60_000, new_pool(4000, 400_000)
+    pool = store_pool[1]
+    pool.create_device(1)
+    pool.commit()
+    base = pool.metadata_blocks_allocated
+    keys = span(0, count)
+    if order == "shuffled":
+        np.random.Generator(np.random.PCG64(3)).shuffle(keys)
+    for piece in np.array_split(keys, 60):
+        pool.insert(1, np.sort(piece), packed(np.sort(piece)))
+    pool.commit()
+    used = (pool.metadata_blocks_allocated - base) * 4096 / count
+    assert used <= (19.2 if order == "ascending" else 34)
+    leaves = pool.metadata_blocks_allocated - base
+    for turn in range(3):
+        pool.create_snapshot(2 + turn, 1)
+        pool.insert(1, np.sort(keys), packed(span(100_000 * (turn + 1), count), pool.time))
+        pool.commit()
+    assert pool.metadata_blocks_allocated - base <= 4.4 * leaves
+
+
+def test_unmapping_at_random_keeps_the_snapshot_and_every_count(make: Callable[..., Pool]) -> None:
+    """B25: leaves merge under a tree of three levels that a snapshot shares; a recount agrees after each step."""
+    store, pool = new_pool(3000, 200_000)
+    random, count = Random(25), 70_000
+    pool.create_device(1)
+    for first in range(0, count, 10_000):
+        pool.insert(1, span(first, 10_000), packed(span(first, 10_000)))
+    pool.commit()
+    pool.create_snapshot(2, 1)
+    pool.commit()
+    promised = contents(pool, 2)
+    left = set(range(count))
+    for turn in range(12):
+        for _ in range(25):
+            first = random.randrange(count)
+            end = min(first + random.choice((1, 50, 300, 2000)), count)
+            pool.remove(1, first, end)
+            left -= set(range(first, end))
+        fresh = span(count + turn * 500, 500)
+        pool.insert(1, fresh, packed(fresh + np.uint64(50_000), pool.time))
+        left |= set(fresh.tolist())
+        pool.commit()
+        assert not recount(store)
+    assert contents(pool, 2) == promised
+    assert contents(pool, 1).keys() == left
+
+
+def test_a_snapshot_that_fails_lets_writers_go_on(
+    make: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B29 and B71: writes are held up for a moment only, and what failed has left nothing behind."""
+    pool = make(64)
+    pool.create_device("disk", 16 * BLOCK)
+    fill(pool, "disk", range(4))
+
+    def refuse(*_: object) -> None:
+        time.sleep(0.05)  # clients wait meanwhile
+        raise MetadataFull(1, 0, 0)
+
+    session, stop, slowest = session_on(pool, "disk"), threading.Event(), [0.0]
+
+    def client() -> None:
+        while not stop.is_set():
+            begun = time.monotonic()
+            write(session, 0, stamp(7))
+            slowest[0] = max(slowest[0], time.monotonic() - begun)
+
+    writer = threading.Thread(target=client)
+    writer.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(PoolMetadata, "create_snapshot", refuse)
+        for _ in range(3):
+            with pytest.raises(MetadataFull):
+                pool.create_snapshot("disk", "never")
+    stop.set()
+    writer.join(10)
+    assert not writer.is_alive()
+    assert slowest[0] < 5
+    session.close()
+    assert [device.name for device in pool.devices()] == ["disk"]
+    pool.create_snapshot("disk", "never")
+    pool.delete("never")
+    pool.delete("disk")
+
+
+def test_the_lock_is_on_the_files_not_on_their_names(tmp_path: Path) -> None:
+    """B31: the same pool by another path, or as two bare files, is busy all the same."""
+    create_pool(tmp_path / "pool", size_bytes=8 * BLOCK)
+    pool = open_pool(PoolLocation.directory(tmp_path / "pool"))
+    (tmp_path / "link").symlink_to(tmp_path / "pool")
+    (tmp_path / "meta").hardlink_to(tmp_path / "pool" / "metadata")
+    others = [
+        PoolLocation.directory(tmp_path / "link"),
+        PoolLocation.bare(tmp_path / "meta", tmp_path / "pool" / "data"),
+    ]
+    for location in others:
+        with pytest.raises(PoolBusy):
+            open_pool(location)
+    pool.close()
+    for location in others:
+        open_pool(location).close()
+
+
+def test_deleting_a_snapshot_shrinks_the_file_below(make: Callable[..., Pool]) -> None:
+    """B47: what only the snapshot had goes back to the file system."""
+    pool = make(128)
+    pool.create_device("disk", 32 * BLOCK)
+    fill(pool, "disk", range(32))
+    pool.create_snapshot("disk", "old")
+    fill(pool, "disk", range(20))
+    pool.commit()
+    before = pool.status().file_bytes
+    pool.delete("old")
+    assert before - pool.status().file_bytes == 20 * BLOCK
+
+
+@pytest.mark.parametrize("generations", [150, pytest.param(1000, marks=pytest.mark.deep)])
+def test_snapshots_of_snapshots_of_snapshots(make: Callable[..., Pool], generations: int) -> None:
+    """B67: each generation changes one block; ancestors go first; every block is the one written last."""
+    pool = make(2 * generations + 50)
+    pool.create_device("g0", 16 * BLOCK)
+    seconds = []
+    for turn in range(generations):
+        session = session_on(pool, f"g{turn}")
+        write(session, turn % 16 * BLOCK, stamp(turn))
+        session.close()
+        begun = time.perf_counter()
+        pool.create_snapshot(f"g{turn}", f"g{turn + 1}")
+        seconds.append(time.perf_counter() - begun)
+    for turn in Random(67).sample(range(generations), generations):
+        pool.delete(f"g{turn}")
+    last = session_on(pool, f"g{generations}")
+    for block in range(16):
+        newest = max(turn for turn in range(generations) if turn % 16 == block)
+        assert last.read_bytes(block * BLOCK, BLOCK) == stamp(newest)
+    last.close()
+    assert pool.status().data_used_bytes == 16 * BLOCK
+    quarter = generations // 4
+    assert np.median(seconds[-quarter:]) < 5 * np.median(seconds[:quarter])
+
+
+def test_one_of_many_makes_the_name(make: Callable[..., Pool]) -> None:
+    """B73: a hundred snapshots of one name at once: one is made, the others are told so."""
+    pool = make(64)
+    pool.create_device("disk", 4 * BLOCK)
+    outcomes: list[str] = []
+
+    def take() -> None:
+        try:
+            pool.create_snapshot("disk", "x")
+            outcomes.append("made")
+        except DeviceExists:
+            outcomes.append("exists")
+
+    threads = [threading.Thread(target=take) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["exists"] * 99 + ["made"]
+    with pytest.raises(DeviceExists):
+        pool.rename("disk", "x")
+    assert sorted(device.name for device in pool.devices()) == ["disk", "x"]
+
+
+def test_snapshots_go_in_any_order(make: Callable[..., Pool]) -> None:
+    """B75: the newest, the oldest, the origin, the only one left."""
+    pool = make(64)
+    pool.create_device("disk", 4 * BLOCK)
+    for turn in range(4):
+        fill(pool, "disk", range(turn, turn + 1))
+        pool.create_snapshot("disk", f"s{turn}")
+    for name in ("s3", "s0", "disk", "s1", "s2"):
+        pool.delete(name)
+    assert not pool.devices()
+    assert pool.status().data_used_bytes == 0
+
+
+def test_yesterdays_names_with_todays_metadata(tmp_path: Path) -> None:
+    """B131: an old catalogue put back never keeps a pool from opening; nothing is lost but names."""
+    create_pool(path := tmp_path / "pool", size_bytes=64 * BLOCK)
+    pool = open_pool(PoolLocation.directory(path))
+    pool.create_device("kept", 4 * BLOCK)
+    pool.create_device("gone", 4 * BLOCK)
+    pool.close()
+    shutil.copy(path / "catalog", tmp_path / "yesterday")
+    pool = open_pool(PoolLocation.directory(path))
+    pool.delete("gone")
+    pool.create_device("other", 4 * BLOCK)
+    fill(pool, "other", range(4))
+    pool.close()
+    shutil.copy(tmp_path / "yesterday", path / "catalog")
+    pool = open_pool(PoolLocation.directory(path))
+    names = sorted(device.name for device in pool.devices())
+    assert "kept" in names
+    assert len(names) == 2 or names == ["gone", "kept"]
+    pool.create_device("fresh", 4 * BLOCK)
+    fresh = session_on(pool, "fresh")
+    assert not any(fresh.read_bytes(0, 4 * BLOCK))
+    fresh.close()
+    pool.close()
