@@ -111,13 +111,6 @@ def budget_of(options: argparse.Namespace) -> Budget:
     return Budget(images_per_cut=options.images, thin_check_every=4000)
 
 
-def command(options: argparse.Namespace, found: Found) -> str:
-    """The command that shows a violation again."""
-    threads = " --threads" if options.threads else ""
-    mutant = f" --mutant {options.mutant}" if options.mutant else ""
-    return f"tools/crash-search --replay {found.seed} --steps {found.steps} --images {options.images}{threads}{mutant}"
-
-
 def replay(options: argparse.Namespace) -> int:
     """Run one seed, printing its steps where it fails."""
     try:
@@ -163,7 +156,8 @@ def worker(options: argparse.Namespace, seeds: Synchronized[int], results: Queue
             found = shrink(problem, budget, threads=options.threads)
     tally = searching.tally
     digests = np.fromiter(tally.digests, np.uint64, len(tally.digests))
-    text = None if found is None else f"{found}\n  replay: {command(options, found)}"
+    mutant = f" --mutant {options.mutant}" if options.mutant else ""
+    text = None if found is None else f"{found}{mutant}"
     counts = (tally.scenarios, tally.images + tally.nested_images, tally.recoveries, tally.thin_checks)
     results.put((counts, digests, text))
 

@@ -11,6 +11,7 @@ pool refuses for lack of space is a legal step; it must leave no trace.
 from __future__ import annotations
 
 import errno
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from tests.fakes.crash_oracle import (
 )
 from tests.fakes.disk_history import Contents
 from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedDisk
+from thinpool import content_identity
 from thinpool import device as device_module
 from thinpool import pool as pool_module
 from thinpool.session import Session
@@ -71,6 +73,18 @@ class Ticking:
     def time(self) -> float:
         self._now += 1.0
         return self._now
+
+
+class Identities:
+    """`uuid` for the pool: random to look at, the same in every run."""
+
+    UUID, uuid5 = uuid.UUID, staticmethod(uuid.uuid5)
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+
+    def uuid4(self) -> uuid.UUID:
+        return uuid.UUID(int=self._random.getrandbits(128), version=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +127,12 @@ class Scenario:
         self._clients: dict[str, list[Client]] = {}
         self._counter = first_number
         self._clock = Ticking()
+        self._identities = Identities(first_number)
         self._low_blocks = random.random() < 0.5
         # Half of the scenarios copy shared blocks as those larger than that are copied.
         self._compose_bytes_max = random.choice((0, device_module.COMPOSE_BYTES_MAX))
-        self.pool = self._open()
+        with self.timed():
+            self.pool = self._open()
 
     # --- running ---
 
@@ -146,9 +162,10 @@ class Scenario:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """The pool sees the scenario's own clock, and its own way of copying."""
+        """The pool sees the scenario's own clock, identities and way of copying."""
         compose = mock.patch.object(device_module, "COMPOSE_BYTES_MAX", self._compose_bytes_max)
-        with mock.patch.object(pool_module, "time", self._clock), compose:
+        identities = mock.patch.object(content_identity, "uuid", self._identities)
+        with mock.patch.object(pool_module, "time", self._clock), identities, compose:
             yield
 
     def close(self) -> None:

@@ -60,11 +60,19 @@ class Found(Exception):
     cut: int
     what: str
     text: list[str]
-    traceback: str = ""
+    images: int = 24
+    threads: bool = False
+
+    @property
+    def command(self) -> str:
+        """What shows the violation again."""
+        threads = " --threads" if self.threads else ""
+        return f"tools/crash-search --replay {self.seed} --steps {self.steps} --images {self.images}{threads}"
 
     def __str__(self) -> str:
         last = "; ".join(self.text[-4:])
-        return f"seed {self.seed}, {self.steps} steps, cut after event {self.cut}: {self.what} (last: {last})"
+        where = f"seed {self.seed}, {self.steps} steps, cut after event {self.cut}"
+        return f"{where}: {self.what} (last: {last})\n  replay: {self.command}"
 
 
 class Search:
@@ -80,21 +88,24 @@ class Search:
         if threads:
             turns = Turns(Random(seed))
             with turns.installed():
-                scenario = self._run(seed, steps, lambda: threaded_scenario_of(turns, steps, contents))
+                scenario = self._run(
+                    seed, steps, lambda: threaded_scenario_of(turns, steps, contents), threads=True
+                )
         else:
             scenario = self._run(seed, steps, lambda: scenario_of(seed, steps_max=steps, contents=contents))
         try:
             self.explore(scenario, np.random.Generator(np.random.PCG64(seed)))
         except _Wrong as wrong:
-            raise Found(seed, steps, wrong.cut, wrong.what, scenario.text) from wrong
+            images = self.budget.images_per_cut
+            raise Found(seed, steps, wrong.cut, wrong.what, scenario.text, images, threads) from wrong
 
     def uncut(self, seed: int, *, steps: int = 60) -> None:
         """Run the scenario of one seed with several clients at once, and do not cut it. Raises Found."""
         turns = Turns(Random(seed))
         with turns.installed():
-            self._run(seed, steps, lambda: threaded_scenario_of(turns, steps, Contents()))
+            self._run(seed, steps, lambda: threaded_scenario_of(turns, steps, Contents()), threads=True)
 
-    def _run(self, seed: int, steps: int, make: Callable[[], Scenario]) -> Scenario:
+    def _run(self, seed: int, steps: int, make: Callable[[], Scenario], *, threads: bool = False) -> Scenario:
         """The scenario after its last step. Raises Found where it fails without any cut."""
         scenario = None
         try:
@@ -103,7 +114,9 @@ class Search:
         except Exception as error:
             text = [] if scenario is None else scenario.text
             events = 0 if scenario is None else len(scenario.disk.events)
-            raise Found(seed, len(text), events, f"{type(error).__name__}: {error}", text) from error
+            what = f"{type(error).__name__}: {error}"
+            images = self.budget.images_per_cut
+            raise Found(seed, len(text), events, what, text, images, threads) from error
         finally:
             if scenario is not None:
                 scenario.close()

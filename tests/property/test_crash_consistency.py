@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from metadata import NotPoolMetadata, PoolMetadata, format_pool, recount
 from tests.fakes.crash_check import ImageStore
 from tests.fakes.crash_scenario import CHOICES, Scenario, scenario_of
-from tests.fakes.crash_search import Budget, Search, subsets
+from tests.fakes.crash_search import Budget, Found, Search, subsets
 from tests.fakes.disk_history import Contents, Kind, Replay
 from tests.fakes.file_catalog import FileCatalog
 from tests.fakes.mutants import MUTANTS, Mutant, detect
@@ -101,6 +101,21 @@ def formatted_as(store: ImageStore) -> int | None:
 def test_a_deliberate_mistake_is_found(mutant: Mutant) -> None:
     found = detect(mutant, mutant.first_seed)
     assert found is not None, f"{mutant.name} ({mutant.breaks}) was not found in {mutant.states} states"
+
+
+def test_what_was_found_can_be_shown_again() -> None:
+    """The command that comes with a violation finds it again, whatever was searched before."""
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "flush_skips_unmappings")
+    search = Search(Budget(images_per_cut=12))
+    with mutant.switch():
+        with pytest.raises(Found) as first:
+            for seed in range(20):
+                search.seed(seed, steps=40)
+        found = first.value
+        assert f"tools/crash-search --replay {found.seed} --steps {found.steps} --images 12" in str(found)
+        with pytest.raises(Found) as second:
+            Search(Budget(images_per_cut=12)).seed(found.seed, steps=found.steps)
+    assert (second.value.cut, second.value.what) == (found.cut, found.what)
 
 
 class AnyOrder(RuleBasedStateMachine):
