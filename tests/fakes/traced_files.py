@@ -181,6 +181,13 @@ class TracedFiles:
         self._durable: dict[str, _File | None] = {}
         self._pending: list[tuple[str, str, _File | None]] = []
 
+    def adopt(self, path: Path) -> None:
+        """A file that is there already, durable."""
+        file = _File()
+        file.write(0, path.read_bytes())
+        file.flush()
+        self._names[str(path)] = self._durable[str(path)] = file
+
     def apply(self, call: Call) -> None:
         """Go on by one call."""
         file = self._names.get(call.path)

@@ -7,7 +7,11 @@ that second repair is cut as well.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -18,9 +22,12 @@ from tests.fakes.disk_history import Contents, File, FileImage, Image, Kind, Rep
 from tests.fakes.metadata_edits import Image as Edits
 from tests.fakes.metadata_pools import contents, new_pool, packed, span
 from tests.fakes.simulated_disk import BLOCK_SECTORS, SimulatedDisk, SimulatedStore
+from tests.fakes.thin_tools import find_tool
+from tests.fakes.traced_files import Content, TracedFiles, trace
 
 Mappings = dict[int, dict[int, int]]
 METADATA_BLOCKS = 400
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pool_with_sharing() -> Edits:
@@ -136,6 +143,51 @@ def test_clearing_the_mark_may_be_cut_anywhere() -> None:
         assert mappings_of(ImageStore(after)) == promised
         assert not recount(ImageStore(after))  # type: ignore[arg-type]
     assert marks == {True, False}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("old", [False, True], ids=["new", "over an old one"])
+def test_repair_into_another_file_may_be_cut_anywhere(tmp_path: Path, old: bool) -> None:
+    """The source is never touched; the target is what was there before or everything that could be saved."""
+    if find_tool("strace") is None:
+        pytest.skip("strace is missing")
+    image = pool_with_sharing()
+    promised = mappings_of(image)
+    image.set_superblock(flags=1)
+    broken_bitmap(image)
+    place = tmp_path / "place"
+    place.mkdir()
+    source, target, spoilt = place / "source", place / "target", bytes(image.image)
+    source.write_bytes(spoilt)
+    files = TracedFiles()
+    files.adopt(source)
+    before = bytes(pool_with_sharing().image) if old else None
+    if before is not None:
+        target.write_bytes(before)
+        files.adopt(target)
+    command = [sys.executable, "-m", "thinpool", "repair", str(source), str(target), *["--force"] * old]
+    seen = set()
+    for call in trace(command, place, tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)}):
+        files.apply(call)
+        for cut in files.cuts(Random(len(seen)), 2):
+            assert bytes_of(cut[str(source)]) == spoilt
+            found = bytes_of(cut.get(str(target)))
+            seen.add(found)
+            if found not in (None, before):
+                assert mappings_of(ImageStore(found)) == promised
+                assert not recount(ImageStore(found))  # type: ignore[arg-type]
+    assert target.read_bytes() in seen
+    assert before in seen
+
+
+def bytes_of(content: Content | None) -> bytes | None:
+    """The bytes of a file that a cut left."""
+    if content is None:
+        return None
+    data = bytearray(content.length)
+    for number, sector in content.sectors.items():
+        data[number * 512 : (number + 1) * 512] = sector
+    return bytes(data[: content.length])
 
 
 def test_a_repair_that_writes_the_superblock_first_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
