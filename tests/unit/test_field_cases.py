@@ -200,13 +200,12 @@ def test_a_snapshot_that_fails_lets_writers_go_on(
         time.sleep(0.05)  # clients wait meanwhile
         raise MetadataFull(1, 0, 0)
 
-    session, stop, slowest = session_on(pool, "disk"), threading.Event(), [0.0]
+    session, stop, written = session_on(pool, "disk"), threading.Event(), [0]
 
     def client() -> None:
         while not stop.is_set():
-            begun = time.monotonic()
             write(session, 0, stamp(7))
-            slowest[0] = max(slowest[0], time.monotonic() - begun)
+            written[0] += 1
 
     writer = threading.Thread(target=client)
     writer.start()
@@ -215,10 +214,11 @@ def test_a_snapshot_that_fails_lets_writers_go_on(
         for _ in range(3):
             with pytest.raises(MetadataFull):
                 pool.create_snapshot("disk", "never")
+            before = written[0]
+            while written[0] <= before + 1:  # the test's time limit is the bound
+                time.sleep(0.001)
     stop.set()
-    writer.join(10)
-    assert not writer.is_alive()
-    assert slowest[0] < 5
+    writer.join()
     session.close()
     assert [device.name for device in pool.devices()] == ["disk"]
     pool.create_snapshot("disk", "never")
