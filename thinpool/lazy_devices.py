@@ -169,7 +169,7 @@ class LazyDevices:
                     read_only=request.read_only,
                     tags={TAG: token},
                     content_id=about.device if request.read_only or not request.lazy else None,
-                    receiving=None if request.lazy else json.dumps({"pull": request.snapshot}),
+                    receiving=None if request.lazy else _receiving(request, manifest),
                 ),
             )
             self._opened(entry, remote)
@@ -308,6 +308,20 @@ class LazyDevices:
             running.request_stop()
         for running in list(self._running.values()):
             running.stop()
+
+
+def _receiving(request: PullRequest, manifest: Manifest) -> str:
+    """The state of a device that is being received, in the form that all such devices have; no stream resumes it."""
+    return json.dumps(
+        {
+            "target": request.name,
+            "content_id": manifest.about.device,
+            "base_content_id": None,
+            "size_bytes": manifest.about.size_bytes,
+            "read_only": request.read_only,
+            "resumable": False,
+        }
+    )
 
 
 def _held(store: Store, manifest: Manifest, request: PullRequest) -> Origin:
