@@ -23,7 +23,7 @@ REPLY = struct.Struct(">IIQ")
 
 REQUEST_MAGIC, REPLY_MAGIC = 0x25609513, 0x67446698
 FIXED_NEWSTYLE_AND_NO_ZEROES = 3
-READ, WRITE, DISCONNECT, FLUSH, TRIM, WRITE_ZEROES = 0, 1, 2, 3, 4, 6
+READ, WRITE, DISCONNECT, FLUSH, TRIM, CACHE, WRITE_ZEROES = range(7)
 FUA = 1
 WINDOW = 16  # writes in flight
 
@@ -113,6 +113,11 @@ class DiskClient:
     def trim(self, offset: int, length: int) -> None:
         """Discard a range."""
         self._send(TRIM, offset, length)
+        self._reply()
+
+    def cache(self, offset: int, length: int) -> None:
+        """Ask for a range to be read ahead; the server looks its mappings up."""
+        self._send(CACHE, offset, length)
         self._reply()
 
     def zero(self, offset: int, length: int) -> None:
