@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
 
 from .errors import BlockDamaged, Damage
 from .layout import BLOCK_BYTES
@@ -54,24 +53,29 @@ _LABELS = {
 _KINDS = {int(kind): kind for kind in BlockKind}
 
 
-def portable_crc32c() -> Callable[[Any], int]:
+def portable_crc32c() -> Callable[..., int]:
     """The pure fallback implementation (standard CRC-32C, with final inversion)."""
     import crcmod.predefined
 
-    function: Callable[[Any], int] = crcmod.predefined.mkPredefinedCrcFun("crc-32c")
+    function: Callable[..., int] = crcmod.predefined.mkPredefinedCrcFun("crc-32c")
     return function
 
 
-def _choose() -> Callable[[Any], int]:
+def _choose() -> Callable[..., int]:
     try:
-        import crc32c
+        import crc32c as fast
     except ImportError:  # pragma: no cover - depends on the platform's wheels
         return portable_crc32c()
-    function: Callable[[Any], int] = crc32c.crc32c
+    function: Callable[..., int] = fast.crc32c
     return function
 
 
 _crc = _choose()
+
+
+def crc32c(data: bytes | bytearray | memoryview, before: int = 0) -> int:
+    """The standard CRC-32C of `data`; `before` is that of the bytes in front of it."""
+    return _crc(data, before)
 
 
 def raw_sum(block: bytes | bytearray | memoryview) -> int:

@@ -8,6 +8,7 @@ docs/control-api.md describes the API for programs in other languages.
     POST /v1/operations/<name>    run one operation; the body is a JSON object of its parameters
     POST /v1/metadata-snapshot    hold the metadata still until the client closes its connection
     POST /v1/disconnect           drop the NBD connections of one device: {"name": ...}
+    POST /v1/hold, /v1/receive    move devices (`control_transfers.py`)
     POST /v1/stop                 begin to shut down: {"grace_seconds": ...}
 
 Operations run in worker threads; the pool itself puts them in order. Once a stop has begun, operations are refused
@@ -25,7 +26,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -35,9 +36,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from .control_transfers import Holds, hold_route, receive_route
 from .errors import BadRequest, ExitCode, RemoteFailure, ServerStartFailed, ServerStopping, ThinPoolError
 from .operations import OperatedPool, as_leaf, execute
 from .unix_sockets import listen
+
+if TYPE_CHECKING:
+    from .pool import Pool
 
 API_VERSION = 1
 BODY_BYTES_MAX = 1 << 20
@@ -117,7 +122,7 @@ class _UntilDisconnect(JsonResponse):
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def application(host: Host) -> Starlette:
+def application(host: Host, holds: Holds) -> Starlette:
     """Return the ASGI application for a service."""
 
     async def server(_: Request) -> Response:
@@ -135,6 +140,16 @@ def application(host: Host) -> Starlette:
             raise ServerStopping(host.pool_path)
         reading = await run_in_threadpool(host.pool.metadata_readers.enter)
         return _UntilDisconnect(host, {"version": API_VERSION, "result": reading})
+
+    async def held(request: Request) -> Any:
+        parameters = await _body(request)
+        _require_running(host)
+        return await hold_route(cast("Pool", host.pool), holds, parameters)
+
+    async def received(request: Request) -> Response:
+        _require_running(host)
+        result = await receive_route(cast("Pool", host.pool), request)
+        return JsonResponse({"version": API_VERSION, "result": result})
 
     async def disconnect(request: Request) -> Response:
         name = (await _body(request)).get("name")
@@ -155,6 +170,8 @@ def application(host: Host) -> Starlette:
         Route("/v1/server", _answering(host, server), methods=["GET"]),
         Route("/v1/operations/{name}", _answering(host, operation), methods=["POST"]),
         Route("/v1/metadata-snapshot", _answering(host, metadata_snapshot), methods=["POST"]),
+        Route("/v1/hold", _answering(host, held), methods=["POST"]),
+        Route("/v1/receive", _answering(host, received), methods=["POST"]),
         Route("/v1/disconnect", _answering(host, disconnect), methods=["POST"]),
         Route("/v1/stop", _answering(host, stop), methods=["POST"]),
         Route("/{rest:path}", _answering(host, _unknown), methods=["GET", "POST", "PUT", "DELETE", "PATCH"]),
@@ -166,9 +183,13 @@ async def _unknown(request: Request) -> Response:
     raise BadRequest(reason=f"there is no {request.method} {request.url.path} here")
 
 
-def _execute(host: Host, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+def _require_running(host: Host) -> None:
     if host.stopping:
         raise ServerStopping(host.pool_path)
+
+
+def _execute(host: Host, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    _require_running(host)
     return execute(host.pool, host.pool_path, name, parameters)
 
 
@@ -233,9 +254,10 @@ class ControlServer:
 
     def __init__(self, host: Host, path: Path) -> None:
         self._path = path
+        self._holds = Holds()
         self._listener: socket.socket = listen(path, 0o600)
         configuration = uvicorn.Config(
-            application(host),
+            application(host, self._holds),
             loop="asyncio",
             http="h11",
             ws="none",
@@ -268,8 +290,10 @@ class ControlServer:
 
     def close(self) -> None:
         """Finish the requests that are being answered, then remove the socket. Idempotent."""
+        self._holds.end_all()
         self._server.leave()
         if self._thread.is_alive():
             self._thread.join()
+        self._holds.end_all()  # one may have been asked for in between
         self._listener.close()
         self._path.unlink(missing_ok=True)

@@ -10,10 +10,10 @@ import http.client
 import json
 import select
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from .errors import ServerUnreachable, from_json
 from .unix_sockets import connect
@@ -106,6 +106,54 @@ class ControlClient:
             connection.close()
             raise
 
+    def hold(self, parameters: Mapping[str, Any]) -> HeldConnection:
+        """Hold a device for as long as what is returned stays open."""
+        connection = _UnixConnection(self._path)
+        try:
+            self._connect(connection)
+            sock = connection.sock  # the connection forgets it when the answer begins
+            response = self._asked(connection, "POST", "/v1/hold", parameters)
+            if response.status >= 300:
+                raise from_json(self._document(response.read()))
+            line = response.readline()
+            return HeldConnection(sock, response, self._document(line)["held"])
+        except BaseException:
+            connection.close()
+            raise
+
+    def receive(self, options: Mapping[str, str], read: Callable[[], bytes]) -> dict[str, Any]:
+        """Send a stream as it comes from `read` (empty at its end); return what the server made of it."""
+        connection = _UnixConnection(self._path)
+        try:
+            self._connect(connection)
+            connection.putrequest("POST", "/v1/receive?" + urlencode(options))
+            connection.putheader("Transfer-Encoding", "chunked")
+            connection.putheader("Connection", "close")
+            connection.endheaders()
+            self._pour(connection, read)
+            response = self._answer_of(connection)
+            document = self._document(self._body_of(response))
+            if response.status >= 300:
+                raise from_json(document)
+            result: dict[str, Any] = document["result"]
+            return result
+        finally:
+            connection.close()
+
+    def _pour(self, connection: _UnixConnection, read: Callable[[], bytes]) -> None:
+        """Send the body in chunks (RFC 9112 7.1), until it ends or the server has answered already."""
+        sock = connection.sock
+        try:
+            while piece := read():
+                if select.select([sock], [], [], 0)[0]:
+                    return  # refused: the answer says why
+                sock.sendall(b"%x\r\n" % len(piece))
+                sock.sendall(piece)
+                sock.sendall(b"\r\n")
+            sock.sendall(b"0\r\n\r\n")
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the same, noticed later
+
     def stop(self, grace_seconds: float | None) -> int:
         """Ask the server to stop; return its process id. It is still stopping when this returns."""
         return int(self._request("POST", "/v1/stop", {"grace_seconds": grace_seconds})["result"]["pid"])
@@ -129,21 +177,61 @@ class ControlClient:
     def _exchange(
         self, connection: _UnixConnection, method: str, target: str, body: Mapping[str, Any] | None
     ) -> dict[str, Any]:
+        response = self._asked(connection, method, target, body)
+        document = self._document(self._body_of(response))
+        if response.status >= 300:
+            raise from_json(document)
+        return document
+
+    def _asked(
+        self, connection: _UnixConnection, method: str, target: str, body: Mapping[str, Any] | None
+    ) -> http.client.HTTPResponse:
         headers = {"Content-Type": "application/json", "Connection": "close"}
         try:
             connection.request(method, target, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            received = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise AnswerLostError from error
+        return self._answer_of(connection)
+
+    def _answer_of(self, connection: _UnixConnection) -> http.client.HTTPResponse:
+        try:
+            return connection.getresponse()
         except TimeoutError as error:
             raise ServerUnreachable(str(self._path), f"no answer in {ANSWER_SECONDS:.0f} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise AnswerLostError from error
+
+    def _body_of(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.read()
+        except TimeoutError as error:
+            raise ServerUnreachable(str(self._path), f"no answer in {ANSWER_SECONDS:.0f} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise AnswerLostError from error
+
+    def _document(self, received: bytes) -> dict[str, Any]:
         try:
             document = json.loads(received)
         except ValueError as error:
             raise ServerUnreachable(str(self._path), "it does not speak the control protocol") from error
-        if response.status >= 300:
-            raise from_json(document)
         if not isinstance(document, dict):
             raise ServerUnreachable(str(self._path), "it does not speak the control protocol")
         return document
+
+
+class HeldConnection:
+    """A connection that holds a device: as long as nothing comes, the device is as `held` describes it."""
+
+    def __init__(self, sock: socket.socket, response: http.client.HTTPResponse, held: dict[str, Any]) -> None:
+        self._socket = sock
+        self._response = response
+        self.held = held
+
+    def is_open(self) -> bool:
+        """Whether the server still holds it; all that could come is the end."""
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def close(self) -> None:
+        """End the hold."""
+        self._response.close()
+        self._socket.close()

@@ -1,6 +1,6 @@
 """Every way thinpool refuses or fails, as classes with fields.
 
-In: the leaves, gathered from `pool_errors.py`, `service_errors.py` and `store_errors.py`, and the way back from
+In: the leaves, gathered from `*_errors.py`, and the way back from
 their JSON form. Out: the root and the registry (`error_root.py`), and how an exit status comes of a foreign exception
 (`cli/report.py`).
 
@@ -73,6 +73,20 @@ from .store_errors import (
     StoreUnreachable,
     WrongStoreKey,
 )
+from .transfer_errors import (
+    BaseMissing,
+    BaseNotFrozen,
+    ContentGone,
+    DeviceHeld,
+    HoldLost,
+    NotReceiving,
+    PartlyReceived,
+    ResumeMismatch,
+    StreamDamaged,
+    StreamUnsupported,
+    TargetDiverged,
+    TokenInvalid,
+)
 
 __all__ = [
     "AlreadyAttached",
@@ -81,12 +95,16 @@ __all__ = [
     "BadRequest",
     "BadSize",
     "BadStoreUrl",
+    "BaseMissing",
+    "BaseNotFrozen",
     "CatalogDamaged",
     "CatalogFailed",
+    "ContentGone",
     "DataFileMissing",
     "DataFileTooShort",
     "DetachFailed",
     "DeviceExists",
+    "DeviceHeld",
     "DeviceInUse",
     "DeviceIncomplete",
     "DeviceNotFrozen",
@@ -95,6 +113,7 @@ __all__ = [
     "DirectoryMissing",
     "DumpUnusable",
     "ExitCode",
+    "HoldLost",
     "MetadataChanged",
     "MetadataInUse",
     "MetadataSpace",
@@ -107,6 +126,8 @@ __all__ = [
     "NotAStore",
     "NotAttached",
     "NotBeingPulled",
+    "NotReceiving",
+    "PartlyReceived",
     "PoolBusy",
     "PoolDamaged",
     "PoolExists",
@@ -116,6 +137,7 @@ __all__ = [
     "PoolReadOnly",
     "PoolServed",
     "RemoteFailure",
+    "ResumeMismatch",
     "ServerStartFailed",
     "ServerStopping",
     "ServerUnreachable",
@@ -126,9 +148,13 @@ __all__ = [
     "StoreRefused",
     "StoreUnreachable",
     "StoredSnapshotExists",
+    "StreamDamaged",
+    "StreamUnsupported",
     "SystemFailure",
+    "TargetDiverged",
     "TargetInUse",
     "ThinPoolError",
+    "TokenInvalid",
     "WrongStoreKey",
     "from_json",
     "leaves",

@@ -159,6 +159,7 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
     pool = Pool(location, engine, catalog, [lock])
     if writable:
         pool.lazy.sweep()
+        pool.transfers.drop_frozen_copies()
     return pool
 
 

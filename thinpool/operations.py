@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .lazy_devices import PullRequest
     from .metadata_readers import MetadataReaders
     from .status import DeviceInfo, PoolStatus
+    from .transfers import Transfers
 
 METADATA_BLOCK_BYTES = 4096
 Result = dict[str, Any]
@@ -82,6 +83,10 @@ class OperatedPool(Protocol):
 
     def pull_state(self, name: str) -> dict[str, Any]:
         """How far a pull got."""
+
+    @property
+    def transfers(self) -> Transfers:
+        """Half-received devices and holds."""
 
     def diff(self, old: str, new: str, begin_bytes: int) -> DiffPage:
         """Compare two devices from an offset on."""
@@ -178,6 +183,11 @@ def _diff(pool: OperatedPool, given: Parameters) -> Result:
     return pool.diff(given["old"], given["new"], given.get("begin_bytes", 0)).to_json()
 
 
+def _receive_abort(pool: OperatedPool, given: Parameters) -> Result:
+    pool.transfers.abort(given["name"])
+    return {"dropped": given["name"]}
+
+
 def _commit(pool: OperatedPool, _: Parameters) -> Result:
     pool.commit()
     return {}
@@ -194,6 +204,7 @@ OPERATIONS: Mapping[str, Operation] = {
         {"name": TEXT, "snapshot": TEXT, "keep": Parameter((str, bool, type(None)), required=False)},
     ),
     "grow": Operation(_grow, {"size_bytes": OPTIONAL_SIZE, "metadata_bytes": OPTIONAL_SIZE}),
+    "receive-abort": Operation(_receive_abort, {"name": TEXT}),
     "commit": Operation(_commit, {}),
     "status": Operation(_status, {}, looks_only=True),
     "dm-status": Operation(_dm_status, {}, looks_only=True),

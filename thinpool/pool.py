@@ -35,8 +35,10 @@ from .lazy_devices import LazyDevices, PullRequest, is_lazy
 from .metadata_readers import MetadataReaders
 from .names import check_name
 from .pool_location import PoolLocation
+from .receiving_state import token_of
 from .session import Session
 from .status import DeviceInfo, PoolStatus
+from .transfers import Transfers
 
 DEVICE_ID_MAX = (1 << 24) - 1
 # The block map of a device is address space; this is what every 64-bit Linux gives.
@@ -61,6 +63,7 @@ class Pool:
         self.metadata_readers = MetadataReaders(engine)
         self.lazy = LazyDevices(self)
         self._held = held  # locks, released by closing
+        self.transfers = Transfers(self)
         self._closed = False
 
     @property
@@ -124,6 +127,7 @@ class Pool:
         device = self.engine.devices.get(entry.device_id)
         if device is not None and device.sessions:
             raise DeviceInUse(entry.name, len(device.sessions))
+        self.transfers.require_not_held(entry)
 
     # --- devices ---
 
@@ -217,14 +221,19 @@ class Pool:
                         f"is less than the present {entry.size_bytes} bytes; shrinking needs --shrink",
                     )
                 self._require_idle(entry)
-                self._cut(entry, size_bytes)
-            else:
-                self._lengthen(entry, size_bytes)
-            device = self.engine.devices.get(entry.device_id)
-            if device is not None and not device.sessions:
-                device.apply_pending()
-                self.engine.devices.pop(entry.device_id, None)
+            self.set_size(entry, size_bytes)
             return self.info(name)
+
+    def set_size(self, entry: CatalogEntry, size_bytes: int) -> None:
+        """Change a device's size, whoever it belongs to; `transaction` is held, and a shorter device is idle."""
+        if size_bytes < entry.size_bytes:
+            self._cut(entry, size_bytes)
+        else:
+            self._lengthen(entry, size_bytes)
+        device = self.engine.devices.get(entry.device_id)
+        if device is not None and not device.sessions:
+            device.apply_pending()
+            self.engine.devices.pop(entry.device_id, None)
 
     def _cut(self, entry: CatalogEntry, size_bytes: int) -> None:
         # What the last block holds past the new end stays: zeroing it now would not be one step with the new size.
@@ -426,6 +435,7 @@ class Pool:
             content_id=entry.content_id,
             receiving=entry.receiving is not None,
             remote_bytes=self.lazy.remote_bytes(entry),
+            resume_token=token_of(entry.receiving),
         )
 
     def status(self) -> PoolStatus:

@@ -27,6 +27,7 @@ class DeviceInfo:
     uuid: str
     content_id: str | None
     receiving: bool
+    resume_token: str | None = None
     remote_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:

@@ -32,6 +32,8 @@ COMMANDS = {
     "resize": "devices",
     "rollback": "devices",
     "diff": "diffing",
+    "send": "sending",
+    "receive": "sending",
     "serve": "serving",
     "stop": "serving",
     "check": "checking",
@@ -47,7 +49,7 @@ COMMANDS = {
     "gc": "store",
     "completion": "shells",
 }
-ALIASES = {"ls": "list", "rm": "delete", "destroy": "delete", "snap": "snapshot"}
+ALIASES = {"ls": "list", "rm": "delete", "destroy": "delete", "snap": "snapshot", "recv": "receive"}
 EPILOG = f"""\b
 {EXIT_CODES_HELP}
 

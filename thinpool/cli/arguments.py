@@ -113,13 +113,18 @@ def key_file_option(function: Function) -> Function:
 
 
 def pool_command(
-    *names: str, bare: bool = True, data_needed: bool = True, store: bool = False
+    *names: str,
+    bare: bool = True,
+    data_needed: bool = True,
+    store: bool = False,
+    dropped_by: str = "",
 ) -> Callable[[Function], Callable[..., Any]]:
     """Add the pool and `names` as arguments; the function gets `location` and each name in lower case.
 
     `bare`: the command also works with `--metadata X --data Y` in place of a pool directory. Without `data_needed`,
     `--metadata X` alone will do. With `store`, the URL of an object store may stand in the place of the pool; the
-    function then gets it as `url` and no location, otherwise `url` is None.
+    function then gets it as `url` and no location, otherwise `url` is None. Where the option `dropped_by` is given, no
+    names are (they are empty then).
     """
 
     def decorate(function: Function) -> Callable[..., Any]:
@@ -132,8 +137,11 @@ def pool_command(
                     return function(location=None, **{**options, "url": words[0]})
             if not data_needed and bare_paths[0] is not None and bare_paths[1] is None:
                 bare_paths[1] = os.devnull
-            location, given = _split(words, names, *bare_paths)
-            for name, word in zip(names, given, strict=True):
+            wanted = () if dropped_by and options[dropped_by] is not None else names
+            location, given = _split(words, wanted, *bare_paths)
+            for name in names:
+                options[name.lower()] = ""
+            for name, word in zip(wanted, given, strict=True):
                 options[name.lower()] = word
             return function(location=location, **options)
 

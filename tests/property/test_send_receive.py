@@ -1,0 +1,498 @@
+"""Snapshots that travel: random histories arrive byte-equal and with equal holes; damaged streams never become devices.
+
+The model of a device is its bytes; what is sent is compared with what arrives, content and allocation, in a pool of the
+same block size, and content in a pool of another.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fakes.transfer_pools import (
+    BLOCK,
+    WORK,
+    allocation,
+    boundaries,
+    content,
+    discard,
+    new_pool,
+    picture,
+    stream_of,
+    take_in,
+    write,
+    zero,
+)
+from thinpool.catalog import Put
+from thinpool.errors import (
+    BaseMissing,
+    BaseNotFrozen,
+    ContentGone,
+    DeviceExists,
+    DeviceHeld,
+    DeviceInUse,
+    DeviceReceiving,
+    NoSpace,
+    NotReceiving,
+    PartlyReceived,
+    ResumeMismatch,
+    StreamDamaged,
+    StreamUnsupported,
+    TargetDiverged,
+    ThinPoolError,
+)
+from thinpool.pool import Pool
+from thinpool.receiving import ReceiveOptions, receive
+from thinpool.receiving_state import ResumeToken
+from thinpool.source_access import SourceRequest, hold, release
+from thinpool.stream_format import HEADER_BYTES, OPTIONAL, PREAMBLE_BYTES, RecordHeader
+
+MIB = 1 << 20
+BLOCKS = 24
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="thinpool-travel-", dir=WORK))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def source(place: Path) -> Iterator[Pool]:
+    with new_pool(place / "source") as pool:
+        yield pool
+
+
+@pytest.fixture
+def target(place: Path) -> Iterator[Pool]:
+    with new_pool(place / "target") as pool:
+        yield pool
+
+
+EXTENT = st.tuples(
+    st.integers(0, BLOCKS * BLOCK - 1), st.sampled_from([1, 700, BLOCK, 3 * BLOCK, 9 * BLOCK + 17])
+)
+ALIGNED = st.tuples(
+    st.integers(0, BLOCKS - 1).map(lambda n: n * BLOCK), st.sampled_from([BLOCK, 2 * BLOCK, 8 * BLOCK])
+)
+STEP = st.one_of(
+    st.tuples(st.just("write"), EXTENT, st.integers(1, 255)),
+    st.tuples(st.just("zero"), ALIGNED, st.booleans()),
+    st.tuples(st.just("zero"), EXTENT, st.booleans()),
+    st.tuples(st.just("discard"), ALIGNED),
+    st.tuples(st.just("resize"), st.integers(1, BLOCKS * BLOCK)),
+    st.tuples(st.just("resize"), st.integers(1, BLOCKS).map(lambda n: n * BLOCK)),
+    st.tuples(st.just("snapshot")),
+    st.tuples(st.just("snapshot")),
+)
+
+
+def play(pool: Pool, step: tuple, taken: list[str]) -> None:
+    size = pool.info("disk").size_bytes
+    kind = step[0]
+    if kind == "resize":
+        pool.resize("disk", step[1], shrink=True)
+    elif kind == "snapshot":
+        taken.append(f"s{len(taken)}")
+        pool.create_snapshot("disk", taken[-1], read_only=True)
+    else:
+        offset, length = step[1]
+        length = min(length, size - offset)
+        if length <= 0:
+            return
+        if kind == "write":
+            # Odd bytes are followed by noise, so that some records pack well and some do not at all.
+            noise = random.Random(step[2]).randbytes(length)
+            write(pool, "disk", offset, noise if step[2] % 2 else bytes([step[2]]) * length)
+        elif kind == "zero":
+            zero(pool, "disk", offset, length, keep=step[2])
+        else:
+            discard(pool, "disk", offset, length)
+
+
+@settings(max_examples=30)
+@given(st.lists(STEP, min_size=4, max_size=24), st.randoms(use_true_random=False))
+def test_histories_arrive_as_they_were(steps: list[tuple], chance: random.Random):
+    place = Path(tempfile.mkdtemp(prefix="thinpool-travel-", dir=WORK))
+    try:
+        with (
+            new_pool(place / "a") as ours,
+            new_pool(place / "b") as same,
+            new_pool(place / "c", block_bytes=4 * BLOCK) as coarse,
+        ):
+            ours.create_device("disk", BLOCKS * BLOCK - 1000)
+            taken: list[str] = []
+            for step in [*steps, ("snapshot",)]:
+                play(ours, step, taken)
+            truth = {name: (content(ours, name), allocation(ours, name)) for name in taken}
+            sent: list[str] = []
+            for name in taken:
+                # Bases go away at the source as they would in a rotation; then another one is as good, or none.
+                base = chance.choice([None, *[known for known in sent if ours.catalog.by_name(known)]])
+                stream = stream_of(ours, name, base, level=chance.choice([0, 1, 3]))
+                for pool in (same, coarse):
+                    take_in(pool, stream, name)
+                    assert pool.info(name).content_id == ours.info(name).content_id
+                    assert content(pool, name) == truth[name][0]
+                assert allocation(same, name) == truth[name][1]
+                sent.append(name)
+                if chance.random() < 0.3:
+                    ours.delete(chance.choice([known for known in sent if ours.catalog.by_name(known)]))
+            for name in sent:
+                assert content(same, name) == content(coarse, name) == truth[name][0], (
+                    "later increments changed it"
+                )
+            # And back, from the copy: what was received can be sent like anything else.
+            with new_pool(place / "d") as back:
+                take_in(back, stream_of(same, sent[0]), sent[0])
+                if len(sent) > 1:
+                    take_in(back, stream_of(same, sent[-1], sent[0]), sent[-1])
+                assert content(back, sent[-1]) == truth[sent[-1]][0]
+                assert allocation(back, sent[-1]) == truth[sent[-1]][1]
+    finally:
+        shutil.rmtree(place)
+
+
+def two_days(pool: Pool) -> None:
+    """`disk` with snapshots `mon` and `tue`: data that packs and data that does not, holes, and a longer end."""
+    noise = random.Random(5)
+    pool.create_device("disk", 4 * MIB + 100)
+    write(pool, "disk", 0, noise.randbytes(MIB))
+    write(pool, "disk", 3 * MIB, b"q" * MIB)
+    pool.create_snapshot("disk", "mon", read_only=True)
+    write(pool, "disk", 5, noise.randbytes(3 * BLOCK))
+    discard(pool, "disk", 3 * MIB, 4 * BLOCK)
+    write(pool, "disk", 3 * MIB + BLOCK, b"in the hole")
+    write(pool, "disk", 2 * MIB, b"z" * 5 * BLOCK)
+    pool.resize("disk", 5 * MIB)
+    write(pool, "disk", 5 * MIB - 1, b"!")
+    pool.create_snapshot("disk", "tue", read_only=True)
+
+
+def test_every_cut_is_refused_and_changes_nothing(source: Pool, target: Pool):
+    two_days(source)
+    take_in(target, stream_of(source, "mon"), "mon")
+    stream = stream_of(source, "tue", "mon")
+    before = picture(target)
+    places = boundaries(stream)
+    cuts = {*places[:-1], *(place + 7 for place in places[:-1]), *(place - 1 for place in places), 0, 3}
+    for cut in sorted(cuts):
+        with pytest.raises(StreamDamaged):
+            take_in(target, stream[:cut], "tue")
+        assert picture(target) == before, cut
+    take_in(target, stream, "tue")
+    assert content(target, "tue") == content(source, "tue")
+
+
+def _token(pool: Pool) -> str:
+    return next(info.resume_token for info in pool.devices() if info.resume_token)
+
+
+def moved(token: str) -> str:
+    known = ResumeToken.from_text(token)
+    return replace(known, position_bytes=known.position_bytes + 1).to_text()
+
+
+def test_every_cut_can_be_resumed(source: Pool, target: Pool):
+    two_days(source)
+    take_in(target, stream_of(source, "mon"), "mon")
+    stream = stream_of(source, "tue", "mon")
+    wanted = content(source, "tue"), allocation(source, "tue")
+    places = boundaries(stream)
+    for number, cut in enumerate([*places[1:-1], *(place + HEADER_BYTES // 2 for place in places[1:-1])]):
+        name = f"t{number}"
+        with pytest.raises(StreamDamaged):
+            take_in(target, stream[:cut], name, resumable=True)
+        assert target.catalog.by_name(name) is None
+        token = _token(target)
+        with (
+            pytest.raises((PartlyReceived, ResumeMismatch))
+            if cut > places[2]
+            else pytest.raises(ThinPoolError)
+        ):
+            take_in(target, stream_of(source, "mon"), name)
+        take_in(target, stream_of(source, token=token), name)
+        assert (content(target, name), allocation(target, name)) == wanted
+    assert not [info for info in target.devices() if info.receiving]
+
+
+def test_flipped_bits_are_refused_and_change_nothing(source: Pool, target: Pool):
+    two_days(source)
+    take_in(target, stream_of(source, "mon"), "mon")
+    stream = stream_of(source, "tue", "mon")
+    before = picture(target)
+    chance = random.Random(11)
+    starts = boundaries(stream)[:-1]
+    places = [chance.randrange(len(stream) * 8) for _ in range(60)]
+    places += [
+        (start + chance.randrange(HEADER_BYTES)) * 8 + chance.randrange(8)
+        for start in starts
+        for _ in range(3)
+    ]
+    places += [chance.randrange(PREAMBLE_BYTES * 8) for _ in range(10)]
+    for place in places:
+        damaged = bytearray(stream)
+        damaged[place // 8] ^= 1 << place % 8
+        with pytest.raises((StreamDamaged, StreamUnsupported)):
+            take_in(target, bytes(damaged), "tue")
+    assert picture(target) == before
+
+
+def records(stream: bytes) -> list[bytes]:
+    places = boundaries(stream)
+    return [stream[low:high] for low, high in pairwise(places)]
+
+
+def test_records_that_change_places_go_missing_or_come_twice(source: Pool, target: Pool):
+    two_days(source)
+    stream = stream_of(source, "mon")
+    head, parts = stream[:PREAMBLE_BYTES], records(stream)
+    before = picture(target)
+    chance = random.Random(3)
+    for _ in range(20):
+        changed = list(parts)
+        first, second = chance.sample(range(len(parts)), 2)
+        match chance.randrange(3):
+            case 0:
+                changed[first], changed[second] = changed[second], changed[first]
+            case 1:
+                del changed[first]
+            case _:
+                changed.insert(second, parts[first])
+        with pytest.raises(StreamDamaged):
+            take_in(target, head + b"".join(changed), "mon")
+    for more in (b"x", stream):
+        with pytest.raises(StreamDamaged):
+            take_in(target, stream + more, "mon")
+    assert picture(target) == before
+
+
+def renumbered(stream: bytes, parts: list[bytes]) -> bytes:
+    """Records with numbers and checksums made right again, the last one left as it was."""
+    made = []
+    for number, part in enumerate(parts):
+        header, payload = RecordHeader.decode(part[:HEADER_BYTES]), part[HEADER_BYTES:]
+        made.append(replace(header, number=number).encode(payload) + payload)
+    return stream[:PREAMBLE_BYTES] + b"".join(made)
+
+
+def test_a_stream_put_together_anew_fails_by_its_whole(source: Pool, target: Pool):
+    """Checksums of records can be made right by anybody; the whole is not, and then no part of it is kept."""
+    two_days(source)
+    stream = stream_of(source, "mon")
+    parts = records(stream)
+    before = picture(target)
+    with pytest.raises(StreamDamaged):
+        take_in(target, renumbered(stream, parts[:2] + parts[3:]), "mon", resumable=True)
+    assert picture(target) == before
+
+
+def test_unknown_records_are_skipped_where_they_may_be(source: Pool, target: Pool):
+    two_days(source)
+    stream = stream_of(source, "mon")
+    parts = records(stream)
+    for kind, error in ((5, StreamUnsupported), (OPTIONAL | 5, StreamDamaged)):
+        extra = RecordHeader(kind, 0, 0, 0, 0, 0).encode(b"new") + b"new"
+        with pytest.raises(error, match="kind 5" if error is StreamUnsupported else "SHA-256"):
+            take_in(target, renumbered(stream, [parts[0], extra, *parts[1:]]), "mon")
+
+
+def test_later_versions_are_told_from_damage(source: Pool, target: Pool):
+    from metadata.checksum import crc32c
+
+    two_days(source)
+    stream = bytearray(stream_of(source, "mon"))
+    stream[12:14] = b"\0\2"
+    stream[16:20] = crc32c(stream[:16]).to_bytes(4, "big")
+    with pytest.raises(StreamUnsupported, match="version 2"):
+        take_in(target, bytes(stream), "mon")
+
+
+def test_the_base_is_checked_before_anything_is_written(source: Pool, target: Pool):
+    two_days(source)
+    write(source, "disk", 0, b"wednesday")
+    source.create_snapshot("disk", "wed", read_only=True)
+    full, tuesday, wednesday = (
+        stream_of(source, "mon"),
+        stream_of(source, "tue", "mon"),
+        stream_of(source, "wed", "tue"),
+    )
+    with pytest.raises(BaseMissing, match="none of that name"):
+        take_in(target, tuesday, "tue")
+    assert target.devices() == []
+    take_in(target, full, "mon")
+    before = picture(target)
+    with pytest.raises(BaseMissing, match="tue"):
+        take_in(target, wednesday, "wed")
+    with pytest.raises(DeviceExists):
+        take_in(target, full, "mon")
+    with pytest.raises(BaseMissing):
+        take_in(target, stream_of(source, "wed", "tue"), "wed")
+    with pytest.raises(BaseNotFrozen):
+        stream_of(source, "wed", "disk")
+    assert picture(target) == before
+
+
+def test_a_replica_is_brought_forward_or_refused(source: Pool, target: Pool):
+    two_days(source)
+    take_in(target, stream_of(source, "mon"), "copy")
+    tuesday = stream_of(source, "tue", "mon")
+    identity = target.info("copy").uuid
+    busy = target.open_session(target.catalog.by_name("copy"))
+    with pytest.raises(DeviceInUse):
+        take_in(target, tuesday, "copy")
+    busy.close()
+    take_in(target, tuesday, "copy")
+    assert content(target, "copy") == content(source, "tue")
+    assert target.info("copy").uuid == identity
+    with pytest.raises(TargetDiverged, match="holds content"):
+        take_in(target, tuesday, "copy")
+    # The same, where somebody wrote to the replica: the base is still in the pool, under another name.
+    full = stream_of(source, "mon")
+    receive(target, io.BytesIO(full).readinto, ReceiveOptions("open", read_only=False))
+    take_in(target, full, "base")
+    write(target, "open", 0, b"mine")
+    with pytest.raises(TargetDiverged, match="written to"):
+        take_in(target, tuesday, "open")
+    assert content(target, "open")[:4] == b"mine"
+
+
+def test_a_half_received_device_is_nowhere_to_be_used(source: Pool, target: Pool):
+    from thinpool.exports import PoolExports
+
+    two_days(source)
+    stream = stream_of(source, "mon")
+    with pytest.raises(StreamDamaged):
+        take_in(target, stream[: boundaries(stream)[2]], "mon", resumable=True)
+    hidden = "mon/receiving"
+    assert [info.receiving for info in target.devices()] == [True]
+    exports = PoolExports(target)
+    assert list(exports.listing()) == []
+    assert exports.find(hidden) is None
+    assert exports.find("") is None
+    entry = target.catalog.by_name(hidden)
+    assert entry is not None
+    attempts = [
+        lambda: target.create_snapshot(hidden, "x"),
+        lambda: target.rename(hidden, "x"),
+        lambda: target.delete(hidden),
+        lambda: target.resize(hidden, 1 << 30),
+        lambda: target.open_session(entry),
+        lambda: target.rollback(hidden, hidden),
+        lambda: target.diff(hidden, hidden),
+    ]
+    for attempt in attempts:
+        with pytest.raises(DeviceReceiving):
+            attempt()
+    with pytest.raises(ThinPoolError):
+        stream_of(target, hidden)
+    with pytest.raises(NotReceiving):
+        take_in(target, stream_of(source, token=_token(target)), "other")
+    target.transfers.abort("mon")
+    assert target.devices() == []
+    assert target.status().data_used_bytes == 0
+    with pytest.raises(NotReceiving):
+        target.transfers.abort("mon")
+
+
+def test_tokens_of_what_is_gone(source: Pool, target: Pool):
+    two_days(source)
+    take_in(target, stream_of(source, "mon"), "mon")
+    stream = stream_of(source, "tue", "mon")
+    with pytest.raises(StreamDamaged):
+        take_in(target, stream[: boundaries(stream)[2]], "tue", resumable=True)
+    token = _token(target)
+    source.delete("mon")
+    with pytest.raises(ContentGone, match="base"):
+        stream_of(source, token=token)
+    source.delete("tue")
+    with pytest.raises(ContentGone, match="device"):
+        stream_of(source, token=token)
+
+
+def test_a_full_pool_refuses_and_is_as_before(source: Pool, place: Path):
+    two_days(source)
+    with new_pool(place / "small", size_bytes=MIB) as small:
+        with pytest.raises(NoSpace):
+            take_in(small, stream_of(source, "mon"), "mon")
+        assert small.devices() == []
+        assert small.status().data_used_bytes == 0
+        with pytest.raises(NoSpace):
+            take_in(small, stream_of(source, "mon"), "mon", resumable=True)
+        small.grow(8 * MIB)
+        take_in(small, stream_of(source, token=_token(small)), "mon")
+        assert content(small, "mon") == content(source, "mon")
+
+
+def test_only_growing_sends_no_data_and_huge_holes_are_one_record(source: Pool, target: Pool):
+    source.create_device("big", 1 << 50)
+    write(source, "big", 5 << 40, b"far out")
+    zero(source, "big", 0, 5 * BLOCK, keep=True)
+    source.create_snapshot("big", "one", read_only=True)
+    source.resize("big", 1 << 51)
+    source.create_snapshot("big", "two", read_only=True)
+    discard(source, "big", 0, 6 << 40)
+    source.create_snapshot("big", "three", read_only=True)
+    take_in(target, stream_of(source, "one"), "one")
+    grown = stream_of(source, "two", "one")
+    assert len(records(grown)) == 2
+    take_in(target, grown, "two")
+    take_in(target, stream_of(source, "three", "two"), "three")
+    assert [target.info(name).size_bytes for name in ("one", "two", "three")] == [1 << 50, 1 << 51, 1 << 51]
+    assert [allocation(target, name) for name in ("one", "two", "three")] == [
+        allocation(source, name) for name in ("one", "two", "three")
+    ]
+    assert target.info("two").exclusive_bytes == 0
+
+
+def test_a_device_in_use_is_frozen_and_held_while_it_is_read(source: Pool, target: Pool):
+    two_days(source)
+    write(source, "disk", 0, b"before")
+    held = hold(source, SourceRequest("disk", "mon"))
+    assert len(held.copies) == 1
+    write(source, "disk", 0, b"after!")
+    with pytest.raises(DeviceHeld):
+        source.delete(held.copies[0])
+    with pytest.raises(DeviceHeld):
+        source.delete("mon")
+    release(source, held)
+    assert {info.name for info in source.devices()} == {"disk", "mon", "tue"}
+    take_in(target, stream_of(source, "mon"), "mon")
+    take_in(target, stream_of(source, "disk", "mon"), "disk")
+    assert content(target, "disk")[:6] == b"after!"
+
+
+def test_snapshots_of_sends_that_died_go_when_the_pool_is_opened(place: Path):
+    from thinpool.opening import open_pool
+    from thinpool.pool_location import PoolLocation
+
+    with new_pool(place / "p") as pool:
+        pool.create_device("disk", MIB)
+        hold(pool, SourceRequest("disk"))
+        assert len(pool.devices()) == 2
+    again = open_pool(PoolLocation.directory(place / "p"))
+    assert [info.name for info in again.devices()] == ["disk"]
+    again.close()
+
+
+def test_what_a_kill_left_of_a_receive_without_s_is_no_hindrance(source: Pool, target: Pool):
+    two_days(source)
+    stream = stream_of(source, "mon")
+    with pytest.raises(StreamDamaged):
+        take_in(target, stream[: boundaries(stream)[2]], "mon", resumable=True)
+    entry, state = target.transfers.partial("mon")
+    target.catalog.apply([Put(replace(entry, receiving=replace(state, resumable=False).to_text()))])
+    take_in(target, stream, "mon")
+    assert content(target, "mon") == content(source, "mon")
+    assert len(target.devices()) == 1

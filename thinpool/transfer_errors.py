@@ -1,0 +1,162 @@
+# ruff: noqa: N818 -- the names say what happened, as `NoSpace`; an Error suffix adds nothing to them
+"""Errors about snapshots that travel: streams, bases, targets, tokens. See `errors.py` for the rules of all leaves."""
+
+from __future__ import annotations
+
+from .error_root import ExitCode, ThinPoolError, leaf
+from .wording import escaped, quoted
+
+
+@leaf(ExitCode.DAMAGED)
+class StreamDamaged(ThinPoolError):
+    """A stream that is cut, changed, out of order, or none at all; `position_bytes` is how much of it was read."""
+
+    reason: str
+    position_bytes: int
+
+    def __str__(self) -> str:
+        return f"the stream is damaged after {self.position_bytes} bytes: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.FAILURE)
+class StreamUnsupported(ThinPoolError):
+    """A stream of a later format."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"this version cannot read the stream: {escaped(self.reason)}; nothing was changed"
+
+
+@leaf(ExitCode.CONFLICT)
+class BaseMissing(ThinPoolError):
+    """An increment whose base is not in the pool. `found` is what the device of the base's name holds, "" for none."""
+
+    base: str
+    content_id: str
+    found: str
+
+    def __str__(self) -> str:
+        here = "there is none of that name here either"
+        if self.found == "changed":
+            here = f"{quoted(self.base)} here may have been written to since"
+        elif self.found:
+            here = f"{quoted(self.base)} here holds content {self.found}"
+        return (
+            f"the stream is an increment on {quoted(self.base)} with content {self.content_id}, which no device of "
+            f"this pool holds ({here}); send the increments between first, or a full stream; nothing was changed"
+        )
+
+
+@leaf(ExitCode.CONFLICT)
+class TargetDiverged(ThinPoolError):
+    """The device to be brought forward is not what the increment begins with. `found` is "" where it was changed."""
+
+    name: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        here = (
+            f"holds content {self.found}" if self.found else "may have been written to since it was received"
+        )
+        return (
+            f"{quoted(self.name)} {here}, and the stream begins with content {self.expected}; receive under another "
+            "name, or roll it back first; nothing was changed"
+        )
+
+
+@leaf(ExitCode.CONFLICT)
+class PartlyReceived(ThinPoolError):
+    """Another stream under the name of a half-received device."""
+
+    name: str
+    token: str
+
+    def __str__(self) -> str:
+        return (
+            f"{quoted(self.name)} is partly received already; go on with `thinpool send --resume {self.token}`, or "
+            "drop it with `thinpool receive --abort`"
+        )
+
+
+@leaf(ExitCode.NOT_FOUND)
+class NotReceiving(ThinPoolError):
+    """A resumed stream, or an abort, without a half-received device."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"nothing is partly received under the name {quoted(self.name)}"
+
+
+@leaf(ExitCode.CONFLICT)
+class ResumeMismatch(ThinPoolError):
+    """A resumed stream that does not go on where the half-received device ends."""
+
+    name: str
+    token: str
+
+    def __str__(self) -> str:
+        return (
+            f"the stream does not go on where {quoted(self.name)} was interrupted; send with `--resume {self.token}`; "
+            "nothing was changed"
+        )
+
+
+@leaf(ExitCode.USAGE)
+class TokenInvalid(ThinPoolError):
+    """No token, or one that was changed on its way."""
+
+    token: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{quoted(self.token)} cannot be resumed: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.CONFLICT)
+class BaseNotFrozen(ThinPoolError):
+    """A base that clients may have changed."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"{quoted(self.name)} may have changed since it was sent and cannot be a base; take a read-only snapshot "
+            "before sending, and send that"
+        )
+
+
+@leaf(ExitCode.NOT_FOUND)
+class ContentGone(ThinPoolError):
+    """No device here holds what a token asks for. `content_id` is that of the base where `what` says so."""
+
+    what: str
+    content_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"no device of this pool holds the {escaped(self.what)} with content {self.content_id} any more; drop the "
+            "partly received device with `thinpool receive --abort`, and send anew"
+        )
+
+
+@leaf(ExitCode.CONFLICT)
+class DeviceHeld(ThinPoolError):
+    """A device that is being sent."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"device {quoted(self.name)} is being sent or copied; wait until that has ended"
+
+
+@leaf(ExitCode.SERVER)
+class HoldLost(ThinPoolError):
+    """The server that kept a snapshot in place is gone."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"the server of {escaped(self.path)} ended while the snapshot was read; what was sent so far is right"
