@@ -79,6 +79,8 @@ from .transfer_errors import (
     ContentGone,
     DeviceHeld,
     HoldLost,
+    ImageExists,
+    ImageFailed,
     NotReceiving,
     PartlyReceived,
     ResumeMismatch,
@@ -86,6 +88,7 @@ from .transfer_errors import (
     StreamUnsupported,
     TargetDiverged,
     TokenInvalid,
+    ToolMissing,
 )
 
 __all__ = [
@@ -114,6 +117,8 @@ __all__ = [
     "DumpUnusable",
     "ExitCode",
     "HoldLost",
+    "ImageExists",
+    "ImageFailed",
     "MetadataChanged",
     "MetadataInUse",
     "MetadataSpace",
@@ -155,6 +160,7 @@ __all__ = [
     "TargetInUse",
     "ThinPoolError",
     "TokenInvalid",
+    "ToolMissing",
     "WrongStoreKey",
     "from_json",
     "leaves",

@@ -17,11 +17,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import zstandard
 
 from .content_identity import new_identity
-from .snapshot_source import Piece, SnapshotSource
+from .snapshot_source import Piece, SourceDevice
 from .stream_format import (
     RECORD_BYTES_MAX,
     Begin,
@@ -41,6 +42,26 @@ BURST_SECONDS = 0.1
 
 Sink = Callable[[bytes | memoryview], None]
 Progress = Callable[[int, int], None]
+
+
+class StreamSource(Protocol):
+    """What a stream is made from: a held device (`snapshot_source.py`), or an image (`image_source.py`)."""
+
+    block_bytes: int
+    device: SourceDevice
+    base: SourceDevice | None
+
+    def still_held(self) -> None:
+        """Raise where what was read so far may be wrong."""
+
+    def pieces(self, begin_bytes: int, piece_bytes_max: int) -> Iterator[Piece]:
+        """Yield what is not as in the base, ascending."""
+
+    def read(self, at_bytes: int, buffer: memoryview) -> None:
+        """Fill the buffer with the data of a piece, by its place. In any thread."""
+
+    def totals(self, begin_bytes: int = 0) -> tuple[int, int]:
+        """Return about how many bytes of data and of holes there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +89,7 @@ class Sender:
     """One stream from one held source."""
 
     def __init__(
-        self, source: SnapshotSource, sink: Sink, options: SendOptions, progress: Progress | None = None
+        self, source: StreamSource, sink: Sink, options: SendOptions, progress: Progress | None = None
     ) -> None:
         self._source = source
         self._options = options
@@ -167,7 +188,7 @@ class Sender:
         return self._hash.digest()
 
 
-def describe(source: SnapshotSource, start_bytes: int = 0) -> Begin:
+def describe(source: StreamSource, start_bytes: int = 0) -> Begin:
     """The first record of a stream from that source."""
     device, base = source.device, source.base
     return Begin(

@@ -22,7 +22,9 @@ import numpy as np
 
 from metadata import ABSENT, FileStore
 from metadata.block_cache import BlockCache
+from metadata.btree import leaves
 from metadata.difference import Difference, differences
+from metadata.layout import TIME_BITS
 
 Buffer = bytearray | memoryview
 
@@ -95,6 +97,16 @@ class SnapshotSource:
             if not got:
                 raise OSError(errno.EIO, "the data file ends before the block does")
             done += got
+
+    def mapped(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(offset, length, place in the data file) of the mapped parts of a range of the device, ascending."""
+        first, end = offset // self.block_bytes, -(-(offset + length) // self.block_bytes)
+        for keys, values in leaves(self._nodes, 8, self.device.root, first, end):
+            blocks = values >> np.uint64(TIME_BITS)
+            for run in _runs(Difference(end, keys, blocks, blocks), self.block_bytes):
+                piece = _clipped(run, offset, offset + length)
+                assert piece.at_bytes is not None
+                yield piece.offset_bytes, piece.length_bytes, piece.at_bytes
 
     def totals(self, begin_bytes: int = 0) -> tuple[int, int]:
         """(bytes of data, bytes of holes) that `pieces` would yield."""

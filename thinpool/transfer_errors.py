@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .error_root import ExitCode, ThinPoolError, leaf
-from .wording import escaped, quoted
+from .wording import escaped, quoted, shown_path
 
 
 @leaf(ExitCode.DAMAGED)
@@ -160,3 +160,35 @@ class HoldLost(ThinPoolError):
 
     def __str__(self) -> str:
         return f"the server of {escaped(self.path)} ended while the snapshot was read; what was sent so far is right"
+
+
+@leaf(ExitCode.FAILURE)
+class ImageFailed(ThinPoolError):
+    """An image that qemu cannot read or write; `reason` is what it said."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"image {shown_path(self.path)}: {escaped(self.reason)}"
+
+
+@leaf(ExitCode.CONFLICT)
+class ImageExists(ThinPoolError):
+    """An export would overwrite a file."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"{shown_path(self.path)} exists already; --force overwrites it when the export is complete"
+
+
+@leaf(ExitCode.FAILURE)
+class ToolMissing(ThinPoolError):
+    """A program that is needed is not installed."""
+
+    program: str
+    package: str
+
+    def __str__(self) -> str:
+        return f"{escaped(self.program)} is not installed (Debian has it in {escaped(self.package)})"

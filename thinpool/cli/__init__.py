@@ -34,6 +34,8 @@ COMMANDS = {
     "diff": "diffing",
     "send": "sending",
     "receive": "sending",
+    "export": "images",
+    "import": "images",
     "serve": "serving",
     "stop": "serving",
     "check": "checking",
