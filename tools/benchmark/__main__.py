@@ -122,6 +122,18 @@ def store_lines(options: argparse.Namespace, work: Path) -> list[str]:
     from . import storing
 
     return storing.run(work, data_bytes=(options.size or (64 if options.quick else 1024)) * MIB)
+def diff_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import differences
+
+    mapped = counts(options, "20000" if options.quick else "10000000")[0]
+    return differences.run(work, mapped_blocks=mapped)
+
+
+def send_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import transfers
+
+    size_bytes = (options.size or (64 if options.quick else 1024)) * MIB
+    return transfers.run(work, size_bytes=size_bytes, rounds=options.rounds or (1 if options.quick else 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +151,8 @@ REPORTS = {
     "crowd": Report("many clients, bad clients", "Many clients, bad clients", crowd_lines),
     "calls": Report("system calls a request", "System calls a request", call_lines),
     "store": Report("push and pull beside copying alone", "Object storage", store_lines),
+    "diff": Report("what changed, beside thin_delta", "What changed", diff_lines),
+    "send": Report("streams beside nbdcopy, qemu-img, zstd", "Snapshots that travel", send_lines),
     "spikes": Report("threads, event loop, processes", "Shapes of a server", spike_lines),
 }
 
