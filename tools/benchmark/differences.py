@@ -148,9 +148,9 @@ def run(work: Path, *, mapped_blocks: int) -> list[str]:
     head = ["changed", "our walk", "metadata blocks read", "thinpool diff", "thin_delta", "blocks it read"]
     return [
         f"A device with {mapped_blocks:,} mapped blocks ({mapped_blocks * BLOCK_BYTES / 2**30:,.0f} GiB) and a "
-        "snapshot in which blocks spread evenly over the device were mapped anew. `our walk` is the comparison alone, in "
-        "a pool that is open, with nothing of the trees in memory; `thinpool diff` is the whole command, with the start "
-        f"of Python and the opening of the pool. Medians of {ROUNDS} rounds.",
+        "snapshot in which blocks spread evenly over the device were mapped anew. `our walk` is the comparison alone, "
+        "in a pool that is open, with nothing of the trees in memory; `thinpool diff` is the whole command, with the "
+        f"start of Python and the opening of the pool. Medians of {ROUNDS} rounds.",
         "",
         *table(head, rows),
     ]
