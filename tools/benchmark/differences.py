@@ -55,7 +55,11 @@ class Figures:
 def make(work: Path, mapped_blocks: int) -> Path:
     """A pool whose first device has that many mappings, and a snapshot of it."""
     pool = work / "pool"
-    create_pool(pool, size_bytes=(2 * mapped_blocks + 1024) * BLOCK_BYTES, metadata_bytes=2 << 30)
+    create_pool(
+        pool,
+        size_bytes=(2 * mapped_blocks + 1024) * BLOCK_BYTES,
+        metadata_bytes=max(64 << 20, 80 * mapped_blocks),
+    )
     opened = open_pool(PoolLocation.directory(pool))
     opened.create_device("big", mapped_blocks * BLOCK_BYTES)
     opened.close()
@@ -105,7 +109,7 @@ def timed(*command: str) -> tuple[float, int]:
 def measure(pool: Path, mapped_blocks: int, changed: int) -> Figures:
     """Medians of some rounds, ours and thin_delta's in turn."""
     path = pool.parent / f"metadata-{changed}"
-    shutil.copyfile(pool / "metadata", path)
+    subprocess.run(["cp", "--sparse=always", str(pool / "metadata"), str(path)], check=True)
     change(path, mapped_blocks, changed)
     ours = [sys.executable, "-m", "thinpool", "diff", "--metadata", str(path), f"thin-{OLD}", f"thin-{NEW}"]
     tool = shutil.which("thin_delta")
