@@ -148,7 +148,7 @@ def application(host: Host, holds: Holds) -> Starlette:
 
     async def received(request: Request) -> Response:
         _require_running(host)
-        result = await receive_route(cast("Pool", host.pool), request)
+        result = await receive_route(cast("Pool", host.pool), holds, request)
         return JsonResponse({"version": API_VERSION, "result": result})
 
     async def disconnect(request: Request) -> Response:

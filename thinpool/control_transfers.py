@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from .errors import BadRequest
+from .errors import BadRequest, ServerStopping, StreamDamaged
 from .operations import as_leaf
 from .receiving import ReceiveOptions, receive
 from .source_access import HeldDevices, SourceRequest, hold, release
@@ -39,11 +39,16 @@ log = logging.getLogger("thinpool")
 
 
 class Holds:
-    """The holds of one server. `end_all` ends them and returns when everything made for them is gone."""
+    """What outlives a request in one server: holds, and streams on their way in. `end_all` ends all of it.
+
+    It returns when everything that was made for holds is gone; a stream that is cut by it ends as any cut stream does.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[int, tuple[Pool, HeldDevices]] = {}
+        self._pipes: set[BodyPipe] = set()
+        self.over = False
         self._next = 0
         self._ending: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -68,6 +73,18 @@ class Holds:
         ) as error:  # the pool may have given up; a snapshot that stays goes at the next opening
             log.warning("a snapshot made for sending stays: %s", as_leaf(error, str(found[0].location)))
 
+    def add_pipe(self, pipe: BodyPipe) -> None:
+        """Remember a stream that arrives."""
+        with self._lock:
+            self._pipes.add(pipe)
+            if self.over:
+                pipe.end()
+
+    def drop_pipe(self, pipe: BodyPipe) -> None:
+        """Forget a stream that has ended."""
+        with self._lock:
+            self._pipes.discard(pipe)
+
     async def until_ending(self) -> None:
         """Wait until all holds are to end."""
         if self._ending is None:
@@ -80,7 +97,10 @@ class Holds:
             with suppress(RuntimeError):  # a loop that has ended holds nothing open
                 self._loop.call_soon_threadsafe(self._ending.set)
         with self._lock:
-            numbers = list(self._held)
+            self.over = True
+            numbers, pipes = list(self._held), list(self._pipes)
+        for pipe in pipes:
+            pipe.end()
         for number in numbers:
             self.end(number)
 
@@ -161,7 +181,7 @@ class BodyPipe:
             self._changed.notify()
 
     def end(self) -> None:
-        """No more pieces."""
+        """No more pieces, from now on. Any thread."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -189,7 +209,7 @@ class BodyPipe:
         return count
 
 
-async def receive_route(pool: Pool, request: Request) -> dict[str, Any]:
+async def receive_route(pool: Pool, holds: Holds, request: Request) -> dict[str, Any]:
     """Answer POST /v1/receive: read the body as a stream while it arrives."""
     given = request.query_params
     options = ReceiveOptions(
@@ -198,10 +218,16 @@ async def receive_route(pool: Pool, request: Request) -> dict[str, Any]:
         read_only=given.get("writable") != "1",
     )
     pipe = BodyPipe(asyncio.get_running_loop())
+    holds.add_pipe(pipe)
     feeding = asyncio.ensure_future(pipe.feed(request))
     try:
         received = await run_in_threadpool(receive, pool, pipe.read_into, options)
+    except StreamDamaged as error:
+        if holds.over:
+            raise ServerStopping(str(pool.location)) from error
+        raise
     finally:
+        holds.drop_pipe(pipe)
         pipe.abandon()
         feeding.cancel()
         pipe.end()

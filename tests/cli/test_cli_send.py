@@ -237,26 +237,50 @@ def test_an_interrupted_receive_prints_its_token(source: Path, target: Path):
 def test_a_server_that_stops_ends_the_stream_and_it_can_be_resumed(source: Path, target: Path):
     thinpool("serve", source, "--detach")
     sender = subprocess.Popen(
-        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "4M"],
+        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "2M"],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+    )
+    assert sender.stdout is not None
+    arrived = sender.stdout.read(2 * MIB)
+    assert b"being sent" in thinpool("delete", source, "mon", code=4).stderr
+    begun = time.monotonic()
+    thinpool("stop", source)
+    assert time.monotonic() - begun < 4, "a stop does not wait for the end of a stream"
+    rest, said = sender.communicate(timeout=60)
+    assert sender.returncode == 7, said
+    thinpool("receive", target, "mon", "-s", code=6, stdin=arrived + rest)
+    token = device(target, "mon/receiving")["resume_token"]
+    travel(["send", source, "--resume", token], ["receive", target, "mon"])
+    assert contents(target, "mon") == contents(source, "mon")
+
+
+def test_a_server_that_stops_while_it_receives_stops_at_once(source: Path, target: Path):
+    thinpool("serve", target, "--detach")
+    sender = subprocess.Popen(
+        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "2M"], env=ENVIRONMENT, stdout=subprocess.PIPE
     )
     receiver = subprocess.Popen(
         [*THINPOOL, "receive", str(target), "mon", "-s"],
         env=ENVIRONMENT,
         stdin=sender.stdout,
         stderr=subprocess.PIPE,
+        text=True,
     )
     assert sender.stdout is not None
     sender.stdout.close()
-    time.sleep(1.5)
-    assert b"being sent" in thinpool("delete", source, "mon", code=4).stderr
+    deadline = time.monotonic() + 20
+    while "mon/receiving" not in names(target) and time.monotonic() < deadline:
+        time.sleep(0.05)
     begun = time.monotonic()
-    thinpool("stop", source)
-    assert time.monotonic() - begun < 4, "a stop does not wait for the end of a stream"
-    assert sender.wait(60) == 7
-    assert receiver.wait(60) == 6
+    thinpool("stop", target)
+    assert time.monotonic() - begun < 4
+    _, said = receiver.communicate(timeout=60)
+    sender.wait(60)
+    assert receiver.returncode == 7, said
+    assert "stopping" in said
     token = device(target, "mon/receiving")["resume_token"]
+    assert token in said
     travel(["send", source, "--resume", token], ["receive", target, "mon"])
     assert contents(target, "mon") == contents(source, "mon")
