@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import zstandard
 
-from .errors import NoSpace, NotReceiving, ResumeMismatch, StreamDamaged, ThinPoolError
+from .errors import NoSpace, NotReceiving, ResumeMismatch, StreamDamaged
 from .stream_format import Begin, RecordFlag, RecordKind
 from .stream_reader import ReadInto, Record, StreamReader, read_ahead
 from .transfers import Wanted
@@ -82,22 +82,21 @@ def _hidden_device(pool: Pool, name: str, begin: Begin, options: ReceiveOptions)
                 and state.position_bytes == begin.start_bytes
             )
             if same and state.resumable:
-                return pool.transfers.prepared(entry, state)
+                return pool.transfers.resumed(entry, state)
             if begin.start_bytes:
                 raise ResumeMismatch(name, state.token)
         elif begin.start_bytes:
             raise NotReceiving(name)
-        return pool.transfers.begin(
-            Wanted(
-                name=name,
-                content_id=begin.content_id,
-                size_bytes=begin.size_bytes,
-                base_content_id=begin.base_content_id,
-                base_name=begin.base_name,
-                read_only=options.read_only,
-                resumable=options.resumable,
-            )
+        wanted = Wanted(
+            name=name,
+            content_id=begin.content_id,
+            size_bytes=begin.size_bytes,
+            base_content_id=begin.base_content_id,
+            base_name=begin.base_name,
+            read_only=options.read_only,
+            resumable=options.resumable,
         )
+        return pool.transfers.claim(pool.transfers.begin(wanted))
 
 
 class _Receiving:
@@ -130,6 +129,7 @@ class _Receiving:
         except BaseException:
             self._leave(drop=not self._resumable or reader.doubtful)
             raise
+        self._pool.transfers.unclaim(self._entry)
         return Received(device.to_json(), self._data_bytes, self._hole_bytes, reader.digest)
 
     def _take(self, session: Session, records: Iterator[Record]) -> None:
@@ -180,12 +180,15 @@ class _Receiving:
 
     def _leave(self, *, drop: bool) -> None:
         """Keep what arrived, or drop it. The error that ended it all is the one to be told."""
+        transfers = self._pool.transfers
         try:
-            if drop:
-                self._pool.transfers.abort(self._name)
-            else:
+            if not drop:
                 self._note()
-        except (ThinPoolError, OSError) as second:
+            transfers.unclaim(self._entry)
+            if drop:
+                transfers.abort(self._name)
+        except Exception as second:  # a pool that gave up, a full disk: what is there stays half received
+            transfers.unclaim(self._entry)
             log.warning("what was received of %r stays as it is: %s", self._name, second)
 
 

@@ -65,6 +65,7 @@ class Transfers:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._held: Counter[int] = Counter()
+        self._written: set[int] = set()  # half-received devices that a stream is running into
 
     # --- receiving ---
 
@@ -120,9 +121,18 @@ class Transfers:
                     pool.engine.metadata.create_device(entry.device_id)
             else:
                 pool._device(base).take_point_in_time(entry.device_id)
-        return self.prepared(entry, state)
+        return self._sized(entry, state)
 
-    def prepared(self, entry: CatalogEntry, state: ReceivingState) -> CatalogEntry:
+    def resumed(self, entry: CatalogEntry, state: ReceivingState) -> CatalogEntry:
+        """Go on with a half-received device, claimed. Raises DeviceInUse."""
+        self.claim(entry)
+        try:
+            return self._sized(entry, state)
+        except BaseException:
+            self.unclaim(entry)
+            raise
+
+    def _sized(self, entry: CatalogEntry, state: ReceivingState) -> CatalogEntry:
         """The hidden device at its final size: an increment may be longer or shorter than its base."""
         if entry.size_bytes != state.size_bytes:
             self._pool.set_size(entry, state.size_bytes)
@@ -165,6 +175,19 @@ class Transfers:
         if target.content_id != wanted.base_content_id:
             raise TargetDiverged(wanted.name, wanted.base_content_id, target.content_id or "")
         return target
+
+    def claim(self, entry: CatalogEntry) -> CatalogEntry:
+        """Be the one stream that runs into a half-received device, until `unclaim`. Raises DeviceInUse."""
+        with self._pool.engine.transaction:
+            if entry.device_id in self._written:
+                raise DeviceInUse(entry.name, 1)
+            self._written.add(entry.device_id)
+        return entry
+
+    def unclaim(self, entry: CatalogEntry) -> None:
+        """Let others go on with it, or drop it."""
+        with self._pool.engine.transaction:
+            self._written.discard(entry.device_id)
 
     @contextmanager
     def writing(self, entry: CatalogEntry) -> Iterator[Session]:
@@ -237,9 +260,8 @@ class Transfers:
             if found is None:
                 raise NotReceiving(name)
             entry = found[0]
-            device = pool.engine.devices.get(entry.device_id)
-            if device is not None and device.sessions:
-                raise DeviceInUse(name, len(device.sessions))
+            if entry.device_id in self._written:
+                raise DeviceInUse(entry.name, 1)
             with pool._step([Drop(entry.device_id)]):
                 pool._delete_tree(entry)
             pool.engine.forget(entry.device_id)

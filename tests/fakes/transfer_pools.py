@@ -25,8 +25,10 @@ WORK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 @contextmanager
-def new_pool(path: Path, *, size_bytes: int = 256 << 20, block_bytes: int = BLOCK) -> Iterator[Pool]:
-    create_pool(path, size_bytes=size_bytes, block_bytes=block_bytes, metadata_bytes=4 << 20)
+def new_pool(
+    path: Path, *, size_bytes: int = 256 << 20, block_bytes: int = BLOCK, metadata_bytes: int = 4 << 20
+) -> Iterator[Pool]:
+    create_pool(path, size_bytes=size_bytes, block_bytes=block_bytes, metadata_bytes=metadata_bytes)
     pool = open_pool(PoolLocation.directory(path))
     try:
         yield pool

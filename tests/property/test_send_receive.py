@@ -406,6 +406,23 @@ def test_a_half_received_device_is_nowhere_to_be_used(source: Pool, target: Pool
         target.transfers.abort("mon")
 
 
+def test_one_stream_at_a_time_runs_into_a_device(source: Pool, target: Pool):
+    two_days(source)
+    stream = stream_of(source, "mon")
+    with pytest.raises(StreamDamaged):
+        take_in(target, stream[: boundaries(stream)[2]], "mon", resumable=True)
+    rest = stream_of(source, token=_token(target))
+    entry, _ = target.transfers.partial("mon")
+    target.transfers.claim(entry)
+    with pytest.raises(DeviceInUse):
+        take_in(target, rest, "mon")
+    with pytest.raises(DeviceInUse):
+        target.transfers.abort("mon")
+    target.transfers.unclaim(entry)
+    take_in(target, rest, "mon")
+    assert content(target, "mon") == content(source, "mon")
+
+
 def test_tokens_of_what_is_gone(source: Pool, target: Pool):
     two_days(source)
     take_in(target, stream_of(source, "mon"), "mon")

@@ -131,7 +131,7 @@ def test_a_kill_after_any_step(place: Path, monkeypatch: pytest.MonkeyPatch, nam
 def test_increments_of_snapshots_taken_under_load(place: Path):
     """A writer never stops; every snapshot is what all increments up to it make."""
     stopping = threading.Event()
-    with new_pool(place / "a") as ours, new_pool(place / "b") as theirs:
+    with new_pool(place / "a", metadata_bytes=64 * MIB) as ours, new_pool(place / "b") as theirs:
         ours.create_device("disk", 64 * BLOCK)
 
         def work() -> None:
