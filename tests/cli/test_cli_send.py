@@ -237,17 +237,17 @@ def test_an_interrupted_receive_prints_its_token(source: Path, target: Path):
 def test_a_server_that_stops_ends_the_stream_and_it_can_be_resumed(source: Path, target: Path):
     thinpool("serve", source, "--detach")
     sender = subprocess.Popen(
-        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "2M"],
+        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "400K"],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert sender.stdout is not None
-    arrived = sender.stdout.read(2 * MIB)
+    arrived = sender.stdout.read(MIB + 5000)
     assert b"being sent" in thinpool("delete", source, "mon", code=4).stderr
     begun = time.monotonic()
     thinpool("stop", source)
-    assert time.monotonic() - begun < 4, "a stop does not wait for the end of a stream"
+    assert time.monotonic() - begun < 15, "a stop does not wait for the end of a stream"
     rest, said = sender.communicate(timeout=60)
     assert sender.returncode == 7, said
     thinpool("receive", target, "mon", "-s", code=6, stdin=arrived + rest)
@@ -259,7 +259,7 @@ def test_a_server_that_stops_ends_the_stream_and_it_can_be_resumed(source: Path,
 def test_a_server_that_stops_while_it_receives_stops_at_once(source: Path, target: Path):
     thinpool("serve", target, "--detach")
     sender = subprocess.Popen(
-        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "2M"], env=ENVIRONMENT, stdout=subprocess.PIPE
+        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "400K"], env=ENVIRONMENT, stdout=subprocess.PIPE
     )
     receiver = subprocess.Popen(
         [*THINPOOL, "receive", str(target), "mon", "-s"],
@@ -275,7 +275,7 @@ def test_a_server_that_stops_while_it_receives_stops_at_once(source: Path, targe
         time.sleep(0.05)
     begun = time.monotonic()
     thinpool("stop", target)
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 15
     _, said = receiver.communicate(timeout=60)
     sender.wait(60)
     assert receiver.returncode == 7, said
