@@ -259,7 +259,9 @@ def test_a_server_that_stops_ends_the_stream_and_it_can_be_resumed(source: Path,
 def test_a_server_that_stops_while_it_receives_stops_at_once(source: Path, target: Path):
     thinpool("serve", target, "--detach")
     sender = subprocess.Popen(
-        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "400K"], env=ENVIRONMENT, stdout=subprocess.PIPE
+        [*THINPOOL, "send", str(source), "mon", "--rate-limit", "400K"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
     )
     receiver = subprocess.Popen(
         [*THINPOOL, "receive", str(target), "mon", "-s"],

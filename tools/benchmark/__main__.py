@@ -122,6 +122,8 @@ def store_lines(options: argparse.Namespace, work: Path) -> list[str]:
     from . import storing
 
     return storing.run(work, data_bytes=(options.size or (64 if options.quick else 1024)) * MIB)
+
+
 def diff_lines(options: argparse.Namespace, work: Path) -> list[str]:
     from . import differences
 
