@@ -186,6 +186,30 @@ def test_a_push_whose_packs_were_collected_while_it_slept_sends_them_again() -> 
     assert not Verification(store, read_data=True).run().faults
 
 
+def test_a_push_does_not_end_another_of_the_same_host() -> None:
+    """Both use one cache. The second ends, and the collector runs, right before the first makes its snapshot known."""
+    url = f"memory://{secrets.token_hex(8)}"
+    known = KnownChunks(None)
+    first_store, store = Store.open(url, create=True), Store.open(url)
+    first, second = FakeDevice(4 * MIB), FakeDevice(4 * MIB)
+    first.write(3, b"something")
+    second.write(4, b"something else")
+    snapshot = first.snapshot()
+    publish = first_store.publish
+
+    def others_first(manifest: object) -> None:
+        Push(store, second.snapshot(), "second", known).run()
+        collect(store, grace_seconds=0)
+        collect(store, grace_seconds=0)
+        publish(manifest)  # type: ignore[arg-type]
+
+    first_store.publish = others_first  # type: ignore[method-assign,assignment]
+    Push(first_store, snapshot, "first", known).run()
+    assert _contents(store, "first") == _expected(snapshot)
+    assert not Verification(store, read_data=True).run().faults
+    assert not store.objects.list("pending/")
+
+
 def test_a_store_that_fails_now_and_then_is_asked_again_and_one_that_stays_away_is_named() -> None:
     url = f"memory://{secrets.token_hex(8)}"
     device = FakeDevice(65 * MIB)

@@ -110,7 +110,7 @@ class Push:
             self._report.up_to_date = True
             return self._report
         # First of all: from here on the collector leaves alone what this push and its unfinished forerunners sent.
-        self._shields = self._known.begin(self._push.hex())
+        self._shields = self._unfinished()
         self._renew()
         self._usable = self._store.usable_packs()
         learn(self._store, self._known)
@@ -127,10 +127,20 @@ class Push:
                     manifest = self._mended(manifest, doubtful)
         finally:
             self._uploads.close()
-        self._store.objects.delete([self._pending_key, *(PENDING + push for push in self._shields)])
-        self._known.end([self._push.hex(), *self._shields])
+        # Only our own: what looks unfinished may be another push of this host that is still at work.
+        self._store.objects.delete([self._pending_key])
+        self._known.end([self._push.hex()])
         self._known.remember_push(self._source.identity, self._name)
         return self._report
+
+    def _unfinished(self) -> list[str]:
+        """Pushes of this host that have not ended, and whose intent is still in the store: their packs are shielded."""
+        before = set(self._known.begin(self._push.hex()))
+        if not before:
+            return []
+        there = {listed.key.removeprefix(PENDING) for listed in self._store.objects.list(PENDING)}
+        self._known.end(before - there)
+        return sorted(before & there)
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed > RENEW_SECONDS or not self._renewed:
