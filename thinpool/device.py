@@ -188,6 +188,9 @@ class ThinDevice:
         return entry if entry >= MAPPED and (entry & TIME) >= self.shared_before else 0
 
     def _map(self, index: int, block: int) -> int:
+        journal = self.engine.journal
+        if journal is not None:
+            journal.mapped(self.device_id, index, block)
         entry = entry_of(block, self.engine.time)
         self.block_map.entries[index] = entry
         self.pending.append(index)
@@ -249,31 +252,39 @@ class ThinDevice:
         with self.lock:
             self._judged.setall(0)
 
-    def unmap(self, begin: int, end: int) -> None:
-        """Drop the mappings of blocks [begin, end). Blocks come back after the next commit."""
+    def unmap(self, begin: int, end: int, *, with_the_step: bool = False) -> None:
+        """Drop the mappings of blocks [begin, end). Blocks come back after the next commit.
+
+        `with_the_step`: it is done together with a change of names and sizes or not at all, a kill included.
+        """
         engine = self.engine
         while begin < end:
             until = min(end, begin + UNMAP_SLICE_BLOCKS) if end - begin > 2 * UNMAP_SLICE_BLOCKS else end
             with engine.transaction:
                 engine.require_writable()
+                journal = None if with_the_step else engine.journal
+                if journal is not None and journal.full:
+                    engine.commit()
                 with self.lock:
                     # First into the tree: an entry that is unmapped here must not come back from there.
                     self.apply_pending()
-                    self._remove(begin, until)
+                    if self._remove(begin, until) and journal is not None:
+                        journal.dropped(self.device_id, begin, until)
                     self.block_map.unmap(begin, until)
             begin = until
         engine.committer.touch()
 
-    def _remove(self, begin: int, end: int) -> None:
+    def _remove(self, begin: int, end: int) -> int:
+        """Remove from the tree; returns how many mappings went."""
         engine = self.engine
         try:
             with engine.changing_tree():
-                engine.metadata.remove(self.device_id, begin, end)
+                return engine.metadata.remove(self.device_id, begin, end)
         except MetadataFull:
             # Much was done in this transaction; in a new one there is room for a removal.
             engine.commit()
             with engine.changing_tree():
-                engine.metadata.remove(self.device_id, begin, end)
+                return engine.metadata.remove(self.device_id, begin, end)
 
     # --- looking ---
 

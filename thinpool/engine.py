@@ -32,6 +32,7 @@ from .data_file import DataFile
 from .device import ThinDevice
 from .errors import PoolPoisoned, PoolReadOnly
 from .free_map import FreeMap, anonymous_memory
+from .mapping_journal import MappingJournal
 from .reclaim import UNPINNED, Reclaimer
 
 COUNTS_PIECE = 1 << 14
@@ -43,10 +44,22 @@ READ_ONLY_REASON = "it was opened read-only, or needs a check first"
 Log = Callable[[str], None]
 
 
+def nothing_more() -> None:
+    """The `last_change` of most commits."""
+
+
 class Engine:
     """A pool without names. Device ids and bytes in, bytes out."""
 
-    def __init__(self, metadata: PoolMetadata, data: DataFile, *, writable: bool, log: Log) -> None:
+    def __init__(
+        self,
+        metadata: PoolMetadata,
+        data: DataFile,
+        *,
+        writable: bool,
+        log: Log,
+        journal: MappingJournal | None = None,
+    ) -> None:
         self.metadata = metadata
         self.data = data
         self.writable = writable
@@ -61,6 +74,7 @@ class Engine:
         self.free = FreeMap(metadata.unavailable_data(), self._scrub)
         self.reclaimer = Reclaimer(data, self.free, log)
         self.committer = Committer(self.commit_if_dirty, self.reclaim)
+        self.journal = journal
         self._log = log
         self._room_blocks = self._room()
 
@@ -83,7 +97,11 @@ class Engine:
                 with self.transaction:
                     self.commit()
                 self.reclaim()
+                if self.journal is not None:
+                    self.journal.discard()
         finally:
+            if self.journal is not None:
+                self.journal.close()
             self.data.close()
             self.metadata.close()
 
@@ -123,7 +141,7 @@ class Engine:
             if self.writable:
                 self.commit()
 
-    def commit(self, last_change: Callable[[], None] = lambda: None) -> CommitReport | None:
+    def commit(self, last_change: Callable[[], None] = nothing_more) -> CommitReport | None:
         """Commit the transaction in the contract's order; `transaction` is held.
 
         `last_change` may change the metadata in memory when the list of mappings is closed: nothing else comes after
@@ -137,6 +155,25 @@ class Engine:
             raise
 
     def _commit(self, last_change: Callable[[], None]) -> CommitReport | None:
+        if last_change is nothing_more and self._only_data():
+            self.data.flush()
+            return None
+        journal = self.journal
+        if journal is not None:
+            # Before anything is taken: what comes later is entered as not committed, and may be all the same.
+            journal.cut()
+        report = self._commit_cut(last_change)
+        if journal is not None:
+            journal.committed()
+        return report
+
+    def _only_data(self) -> bool:
+        """Whether no mapping was made or dropped. A write that has its block and no entry yet has a fresh one."""
+        if self.free.has_fresh or self.metadata.dirty:
+            return False
+        return not any(device.pending for device in self.devices.values())
+
+    def _commit_cut(self, last_change: Callable[[], None]) -> CommitReport | None:
         # Taken before the lists of mappings: a block handed out in between is looked at by the next commit.
         fresh = self.free.take_fresh()
         self.collect()
@@ -147,6 +184,8 @@ class Engine:
         if self.metadata.dirty:
             with self.tree:
                 prepared = self.metadata.prepare_commit()
+            if self.journal is not None and prepared.superblock is not None:
+                self.journal.about_to_commit(prepared.superblock.pack())
             self.metadata.write_commit(prepared)
             with self.tree:
                 report = self.metadata.finish_commit(prepared)
@@ -177,6 +216,8 @@ class Engine:
             return
         self._log(f"the pool is read-only from now on, a commit failed: {error}")
         self.give_up(error)
+        if self.journal is not None:
+            self.journal.discard()
         try:
             with self.tree:
                 self.metadata.abort()
@@ -213,6 +254,8 @@ class Engine:
             raise OSError(errno.EIO, "the pool is read-only after a failed commit")
         if self._room_blocks <= 0:
             raise OSError(errno.ENOSPC, "the metadata has no room for another mapping")
+        if self.journal is not None and self.journal.full:
+            raise OSError(errno.ENOSPC, "the journal has no room for another mapping before a commit")
         block = self.free.allocate()
         if block < 0:
             raise OSError(errno.ENOSPC, "no data block is free")
@@ -252,7 +295,8 @@ class Engine:
         return self._has_space()
 
     def _has_space(self) -> bool:
-        return self.free.free_blocks > 0 and self._room_blocks > 0
+        journal_full = self.journal is not None and self.journal.full
+        return self.free.free_blocks > 0 and self._room_blocks > 0 and not journal_full
 
     def _scrub(self, first: int, count: int) -> None:
         offset, length = first * self.block_bytes, count * self.block_bytes

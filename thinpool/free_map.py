@@ -99,6 +99,11 @@ class FreeMap:
             first = self._bits.find(0, last, end)
         self._scrubbed[region] = 1
 
+    @property
+    def has_fresh(self) -> bool:
+        """Whether any block was handed out since `take_fresh`."""
+        return bool(self._fresh)
+
     def take_fresh(self) -> NDArray[np.uint64]:
         """Blocks handed out since the last call; the committer looks which of them ended up unused."""
         if not self._fresh:

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from .data_file import DataFile
 from .engine import Engine
 from .errors import BadSize, NotAPool, PoolDamaged, PoolExists, PoolNotFound
 from .lvm_names import read_names
+from .mapping_journal import Entry, MappingJournal, Witness, announce_replay, forget_journal, left_behind
 from .pool import METADATA_BLOCK_BYTES, Pool
 from .pool_location import PoolLocation
 from .pool_lock import PoolLock
+from .replay import EntriesUnfitError, replay
 
 SECTOR_BYTES = 512
 BLOCK_BYTES_STEP = 64 << 10  # dm-thin: data blocks are 64 KiB to 1 GiB, in steps of 64 KiB
@@ -129,8 +132,10 @@ def open_pool(location: PoolLocation, *, read_only: bool = False) -> Pool:
 
 
 def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Pool:
-    metadata = _open_metadata(location, read_only)
-    try:
+    with ExitStack() as undoing:
+        entries = _entries_left(location)
+        metadata = _open_metadata(location, read_only, in_memory=bool(entries))
+        undoing.callback(metadata.close)
         writable = not read_only and not metadata.needs_check
         data = DataFile(
             location.data_path,
@@ -138,24 +143,20 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
             blocks=0 if location.metadata_only and read_only else metadata.data_blocks,
             writable=writable,
         )
-    except BaseException:
-        metadata.close()
-        raise
-    try:
+        undoing.callback(data.close)
+        if entries and not metadata.needs_check:
+            _replay(location, metadata, data, entries)
         catalog = _open_catalog(location, writable=writable)
-        try:
-            catalog.recover(metadata.transaction_id)
-            if location.names_path is not None:
-                _take_names(catalog, metadata, location.names_path, data.block_bytes)
-            _reconcile(catalog, metadata, data.block_bytes)
-            engine = Engine(metadata, data, writable=writable, log=log.error)
-        except BaseException:
-            catalog.close()
-            raise
-    except BaseException:
-        data.close()
-        metadata.close()
-        raise
+        undoing.callback(catalog.close)
+        catalog.recover(metadata.transaction_id)
+        if location.names_path is not None:
+            _take_names(catalog, metadata, location.names_path, data.block_bytes)
+        _reconcile(catalog, metadata, data.block_bytes)
+        journal = _begin_journal(location) if writable else None
+        if journal is not None:
+            undoing.callback(journal.close)
+        engine = Engine(metadata, data, writable=writable, log=log.error, journal=journal)
+        undoing.pop_all()
     pool = Pool(location, engine, catalog, [lock])
     if writable:
         pool.lazy.sweep()
@@ -163,13 +164,68 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
     return pool
 
 
-def _open_metadata(location: PoolLocation, read_only: bool) -> PoolMetadata:
+def _entries_left(location: PoolLocation) -> list[Entry]:
+    """What a killed process had answered and not committed."""
+    path = location.journal_path
+    if path is None or not path.exists():
+        return []
+    try:
+        with closing(Witness(location.metadata_path, location.data_path)) as witness:
+            return left_behind(path, witness) if witness.usable else []
+    except OSError as error:
+        log.warning("%s cannot be read, so nothing is taken from it: %s", path, error)
+        return []
+
+
+def _replay(location: PoolLocation, metadata: PoolMetadata, data: DataFile, entries: list[Entry]) -> None:
+    """Put entries into the metadata, and commit where that may be written; otherwise they are in memory only."""
+    path = location.journal_path
+    assert path is not None
+
+    def commit() -> None:
+        if data.writable:
+            metadata.commit(data.flush)
+
+    try:
+        if data.writable:
+            announce_replay(path)
+        replay(metadata, entries, commit)
+        commit()
+    except (EntriesUnfitError, MetadataError) as error:
+        metadata.abort()
+        log.warning("the journal of a killed server does not fit the pool and is left out: %s", error)
+    except OSError:
+        # A flush that succeeds at the second try proves nothing: there must be no second replay.
+        if data.writable:
+            with suppress(OSError):
+                forget_journal(path)
+        raise
+    else:
+        log.info("the last server was killed: %d changes it had answered are recovered", len(entries))
+
+
+def _begin_journal(location: PoolLocation) -> MappingJournal | None:
+    """The journal of a pool that is open for writing; None for a pool that has no place for it."""
+    if location.journal_path is None:
+        return None
+    try:
+        witness = Witness(location.metadata_path, location.data_path)
+        if witness.usable:
+            return MappingJournal.begin(location.journal_path, witness, log.warning)
+        witness.close()
+    except OSError as error:
+        log.warning("writes that are not flushed will not outlive a killed server: %s", error)
+    return None
+
+
+def _open_metadata(location: PoolLocation, read_only: bool, *, in_memory: bool) -> PoolMetadata:
+    """`in_memory`: it may be changed in memory although it is never written."""
     path = location.metadata_path
     if not path.is_file() and not path.is_block_device():
         raise NotAPool(str(location), "its metadata is not a file")
     store = FileStore(path, writable=not read_only)
     try:
-        return PoolMetadata.open(store, writable=not read_only)
+        return PoolMetadata.open(store, writable=not read_only or in_memory)
     except NotPoolMetadata as error:
         store.close()
         raise NotAPool(str(path), str(error)) from error

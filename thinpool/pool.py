@@ -240,7 +240,8 @@ class Pool:
         # `_lengthen` clears it before anybody can see it again.
         end = -(-size_bytes // self.block_bytes)
         with self._step([Put(_resized(entry, size_bytes))]):
-            self._device(entry).unmap(end, max(end, -(-entry.size_bytes // self.block_bytes)))
+            last = max(end, -(-entry.size_bytes // self.block_bytes))
+            self._device(entry).unmap(end, last, with_the_step=True)
 
     def _lengthen(self, entry: CatalogEntry, size_bytes: int) -> None:
         self._clear_past_end(entry)
@@ -332,6 +333,8 @@ class Pool:
         if blocks <= self._metadata.metadata_blocks:
             present = self._metadata.metadata_blocks * METADATA_BLOCK_BYTES
             raise BadSize(str(metadata_bytes), f"is not more than the present {present} bytes of metadata")
+        if self.engine.journal is not None:
+            self.engine.journal.about_to_lengthen()
         self._lengthen_metadata(blocks * METADATA_BLOCK_BYTES)
         with self.engine.changing_tree():
             self._metadata.grow_metadata()

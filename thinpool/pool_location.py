@@ -67,6 +67,11 @@ class PoolLocation:
         return None if self.root is None else self.root / "lock"
 
     @property
+    def journal_path(self) -> Path | None:
+        """What was answered and not committed, for when the server is killed (`mapping_journal.py`)."""
+        return None if self.root is None else self.root / "journal"
+
+    @property
     def control_path(self) -> Path | None:
         """The socket of the control API, there while the pool is served."""
         return None if self.root is None else self.root / "control"

@@ -51,6 +51,7 @@ BLOCK_BYTES = BLOCK_SECTORS * SECTOR_BYTES
 DEVICES_MAX = 7
 DEVICE_BLOCKS_MAX = 6
 WINDOW_SECTORS = 32 * BLOCK_SECTORS
+KILL_SHARE = 0.04
 STAMP = 0x7468696E706F6F6C  # "thinpool"
 
 
@@ -131,6 +132,8 @@ class Scenario:
         self._low_blocks = random.random() < 0.5
         # Half of the scenarios copy shared blocks as those larger than that are copied.
         self._compose_bytes_max = random.choice((0, device_module.COMPOSE_BYTES_MAX))
+        # Kills are drawn apart, so that a seed does the same with and without them.
+        self._kills = Random(repr(random.getstate()[1][:2]))
         with self.timed():
             self.pool = self._open()
 
@@ -144,12 +147,32 @@ class Scenario:
 
     def step(self) -> None:
         """One step, chosen at random among those possible."""
+        if self._kills.random() < KILL_SHARE:
+            self.kill()
         names = list(CHOICES)
         choice = self.random.choices(names, [weight for weight, _ in CHOICES.values()])[0]
         self.text.append(choice)
         self.prefer_low_blocks()
         with self.timed():
             self.take(choice)
+
+    def kill(self) -> None:
+        """The server is killed between two requests and started again: all that was answered is there."""
+        self.text.append("kill")
+        self._clients.clear()
+        self.abandon_pool()
+        self.pool = self._open()
+        self.compare_all()
+
+    def abandon_pool(self) -> None:
+        """Forget the pool as the death of a process does: descriptors are closed, nothing else happens."""
+        engine = self.pool.engine
+        if self.pool._closed:
+            return
+        self.pool._closed = True
+        engine.data.close()
+        if engine.journal is not None:
+            engine.journal.close()
 
     def prefer_low_blocks(self) -> None:
         """In half of the scenarios the block freed last is the one handed out next, as in a pool nearly full."""
@@ -174,8 +197,7 @@ class Scenario:
             for client in clients:
                 client.close()
         self._clients.clear()
-        if not self.pool._closed:
-            self.pool.engine.data.close()
+        self.abandon_pool()
 
     # --- marks ---
 

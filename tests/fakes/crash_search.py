@@ -184,7 +184,7 @@ class Search:
                 promised = promised or worth_it
             # Making a pool is atomic by other means: it is built aside and renamed.
             opened = opened or event.kind is Kind.CATALOG
-            if not opened or not worth_it:
+            if not opened or not worth_it or event.kind is Kind.JOURNAL:
                 continue
             self.tally.cuts += 1
             digests.base(replay.durable)

@@ -43,6 +43,9 @@ class Kind(IntEnum):
     LOST_FLUSH = auto()  # file: the flush failed; what was pending may or may not ever arrive
     CATALOG = auto()  # the catalogue's durable state from here on (SQLite transactions are atomic)
     MARK = auto()  # something the oracle must know
+    JOURNAL = (
+        auto()
+    )  # the journal's bytes from here on; a power cut leaves them or not, and they must not matter
 
 
 class File(IntEnum):
@@ -129,6 +132,7 @@ class Image:
 
     files: tuple[FileImage, FileImage]
     catalog: object
+    journal: bytes = b""
 
     @property
     def metadata(self) -> FileImage:
@@ -139,7 +143,7 @@ class Image:
         return self.files[File.DATA]
 
     def copy(self) -> Image:
-        return Image((self.files[0].copy(), self.files[1].copy()), self.catalog)
+        return Image((self.files[0].copy(), self.files[1].copy()), self.catalog, self.journal)
 
 
 class Digests:
@@ -212,6 +216,9 @@ class Replay:
                 pending.lost = True
         elif event.kind is Kind.CATALOG:
             self.durable.catalog = event.payload
+        elif event.kind is Kind.JOURNAL:
+            assert isinstance(event.payload, bytes)
+            self.durable.journal = event.payload
 
     def _flush(self, file: File) -> None:
         image, kept = self.durable.files[file], []

@@ -20,6 +20,7 @@ from metadata.transaction import Transaction
 from nbd.constants import CommandFlag
 from nbd.execution import Executor
 from tests.fakes.crash_search import Budget, Found, Search
+from tests.fakes.journal_mutants import journal_believed_after_a_reboot, replay_commits_unflushed_data
 from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedData, SimulatedDisk
 from thinpool.block_map import MAPPED
 from thinpool.catalog import Catalog, Put
@@ -79,15 +80,16 @@ def _early_frees(use: Callable[[Engine, np.ndarray], None], *, reused: bool) -> 
     early: set[int] = set()
     original_remove, original_add = ThinDevice._remove, Reclaimer.add
 
-    def remove(self, begin: int, end: int) -> None:  # noqa: ANN001
+    def remove(self, begin: int, end: int) -> int:  # noqa: ANN001
         metadata = self.engine.metadata
         before = metadata.data_counts(0, metadata.data_blocks)
-        original_remove(self, begin, end)
+        removed = original_remove(self, begin, end)
         after = metadata.data_counts(0, metadata.data_blocks)
         freed = np.flatnonzero((before > 0) & (after == 0)).astype(np.uint64)
         if reused:
             early.update(freed.tolist())
         use(self.engine, freed)
+        return removed
 
     def add(self, blocks: np.ndarray) -> None:  # noqa: ANN001
         known = np.array([block in early for block in blocks.tolist()], np.bool_)
@@ -369,7 +371,8 @@ def shrink_zeroes_first() -> Iterator[None]:
             session.zero(size_bytes, tail, keep_allocated=False, fast_only=False)
             session.close()
         with self._step([Put(replace(entry, size_bytes=size_bytes))]):
-            self._device(entry).unmap(end, max(end, -(-entry.size_bytes // self.block_bytes)))
+            last = max(end, -(-entry.size_bytes // self.block_bytes))
+            self._device(entry).unmap(end, last, with_the_step=True)
 
     with _instead(Pool, "_cut", cut):
         yield
@@ -487,6 +490,10 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant(journal_believed_after_a_reboot, "replays a journal that a power cut left", 20_000),
+    Mutant(
+        replay_commits_unflushed_data, "commits what a killed server answered without flushing it", 20_000
+    ),
     Mutant(data_not_flushed, "commits without flushing the data first", 20_000),
     Mutant(superblock_first, "writes the superblock before the blocks it names", 20_000),
     Mutant(one_metadata_flush, "no flush between the blocks and the superblock", 20_000),

@@ -13,6 +13,9 @@ Which faults it may suffer, and why recovery must work all the same:
 * **File lengths** change with the next flush of that file.
 * **The catalogue** is SQLite's business: its transactions are taken to be atomic and durable when they return. A
   cut falls before one or after it, never inside (tests/crash kills real processes inside them).
+* **The journal** is left by a power cut as it was at that instant, the most tempting it can be, and the machine has
+  booted since. Recovery works because entries of another boot are not looked at. A kill of the process alone leaves
+  the same boot, and everything as it was written.
 * **Any operation** can fail or come out short, by `before`: a hook that is asked before each one. A failed flush
   leaves what it should have covered in doubt for ever, which is what Linux does.
 
@@ -22,6 +25,7 @@ The engine above is the real one. The data file is a memfd, so replies are still
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -35,16 +39,21 @@ from tests.fakes.disk_history import SECTOR_BYTES, Contents, Event, File, FileIm
 from thinpool import opening
 from thinpool.catalog import MEMORY, Catalog
 from thinpool.data_file import DataFile
+from thinpool.mapping_journal import MappingJournal, Witness
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
 
 BLOCK_SECTORS = BLOCK_BYTES // SECTOR_BYTES
 # What `before` is told: "metadata read", "data write", ... It may raise OSError, or return how many bytes to do.
 Before = Callable[[str, int], int]
+JOURNAL_ENTRIES = 64
+BOOTS = itertools.count()
 
 
 class SimulatedLocation(PoolLocation):
-    """Two files without a directory, and a catalogue all the same."""
+    """Two files without a directory, and a catalogue and a journal all the same."""
+
+    journal = -1
 
     @property
     def has_catalog(self) -> bool:
@@ -53,6 +62,10 @@ class SimulatedLocation(PoolLocation):
     @property
     def catalog_path(self) -> Path:
         return Path("/dev/null")  # something that exists
+
+    @property
+    def journal_path(self) -> Path:
+        return self.metadata_path.with_name(f"{self.journal}")
 
     def __str__(self) -> str:
         return "simulated pool"
@@ -87,7 +100,11 @@ class SimulatedDisk:
         self.catalog_state = image.catalog
         self.metadata = self._make("metadata", image.metadata)
         self.data = self._make("data", image.data)
-        self.location = SimulatedLocation(
+        self.journal = os.memfd_create("journal", os.MFD_CLOEXEC)
+        os.pwrite(self.journal, image.journal, 0)
+        self.boot = f"boot {next(BOOTS)}"
+        self.before_journal: Before | None = None
+        self.location = type("Location", (SimulatedLocation,), {"journal": self.journal})(
             Path(f"/proc/self/fd/{self.metadata}"), Path(f"/proc/self/fd/{self.data}"), None
         )
 
@@ -113,6 +130,7 @@ class SimulatedDisk:
         """Free the memory."""
         os.close(self.metadata)
         os.close(self.data)
+        os.close(self.journal)
 
     # --- recording ---
 
@@ -184,6 +202,8 @@ class SimulatedDisk:
             FileStore=lambda _path, *, writable: SimulatedStore(self, writable=writable),
             DataFile=data_file,
             Catalog=SimulatedCatalogs(self),
+            MappingJournal=SimulatedJournals(self),
+            Witness=type("Booted", (Witness,), {"_boot": staticmethod(lambda: self.boot)}),
         ):
             yield
 
@@ -191,6 +211,26 @@ class SimulatedDisk:
 class _NoLock:
     def close(self) -> None:
         pass
+
+
+class SimulatedJournals:
+    """Stands in for the `MappingJournal` class while a pool is being opened: small, and recorded."""
+
+    def __init__(self, disk: SimulatedDisk) -> None:
+        self._disk = disk
+
+    def begin(self, path: Path, witness: Witness, log: Callable[[str], None]) -> MappingJournal:
+        disk = self._disk
+
+        def pwrite(data: bytes, offset: int) -> int:
+            if disk.before_journal is not None:
+                disk.before_journal("journal write", len(data))
+            done = os.pwrite(disk.journal, data, offset)
+            content = os.pread(disk.journal, 1 << 16, 0)
+            disk.events.append(Event(Kind.JOURNAL, payload=content))
+            return done
+
+        return MappingJournal.begin(path, witness, log, entries_max=JOURNAL_ENTRIES, pwrite=pwrite)
 
 
 class SimulatedStore:

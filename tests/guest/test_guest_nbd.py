@@ -168,9 +168,6 @@ def test_writes_go_on_when_the_server_was_killed_and_came_back(guest: Machine):
         )
 
 
-@pytest.mark.xfail(
-    reason="a mapping is only in the server's memory until the next commit, which a flush or a second brings"
-)
 def test_answered_writes_survive_a_killed_server(guest: Machine):
     """A client that reconnects has no reason to write again what was answered, flushed or not."""
     with served_pool() as pool:
