@@ -86,7 +86,9 @@ KINDS = {
 
 
 class FaultyScenario(Scenario):
-    """Goes on after the fault for as long as the pool opens."""
+    """Goes on after the fault for as long as the pool opens. Kills are another matter: they need no fault."""
+
+    kill_share = 0.0
 
     def __init__(self, disk: SimulatedDisk, random: Random, fault: Fault, *, nbd: bool) -> None:
         self.fault = fault

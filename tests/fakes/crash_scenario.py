@@ -51,7 +51,6 @@ BLOCK_BYTES = BLOCK_SECTORS * SECTOR_BYTES
 DEVICES_MAX = 7
 DEVICE_BLOCKS_MAX = 6
 WINDOW_SECTORS = 32 * BLOCK_SECTORS
-KILL_SHARE = 0.04
 STAMP = 0x7468696E706F6F6C  # "thinpool"
 
 
@@ -110,6 +109,8 @@ class Shape:
 class Scenario:
     """One run on one disk. `world` is what the disk holds at its start."""
 
+    kill_share = 0.04
+
     def __init__(
         self,
         disk: SimulatedDisk,
@@ -147,7 +148,7 @@ class Scenario:
 
     def step(self) -> None:
         """One step, chosen at random among those possible."""
-        if self._kills.random() < KILL_SHARE:
+        if self._kills.random() < self.kill_share:
             self.kill()
         names = list(CHOICES)
         choice = self.random.choices(names, [weight for weight, _ in CHOICES.values()])[0]

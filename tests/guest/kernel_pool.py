@@ -34,7 +34,7 @@ class KernelPool:
     ) -> None:
         self._guest = guest
         self._files = {"metadata": metadata, "data": data}
-        self._disks: list[Disk] = []
+        self.disks: list[Disk] = []
         self._block_sectors = block_bytes // SECTOR_BYTES
         self._data_sectors = data.stat().st_size // SECTOR_BYTES
         self._features = tuple(features)
@@ -43,9 +43,9 @@ class KernelPool:
 
     def activate(self, devices: Mapping[int, int] | None = None) -> str:
         """Create the pool and thin devices (id -> size in bytes); returns the pool's status line."""
-        if not self._disks:
-            self._disks = [self._guest.attach(name, path) for name, path in self._files.items()]
-        metadata, data = (disk.path for disk in self._disks)
+        if not self.disks:
+            self.disks = [self._guest.attach(name, path) for name, path in self._files.items()]
+        metadata, data = (disk.path for disk in self.disks)
         features = " ".join((str(len(self._features)), *self._features))
         tables = [
             f"pool,,,rw,0 {self._data_sectors} thin-pool {metadata} {data} {self._block_sectors} 0 {features}"
@@ -69,9 +69,13 @@ class KernelPool:
         """Remove all devices, which commits and writes everything back; the files are ours to use then."""
         self.run("cd /dev/mapper", "shopt -s nullglob", "dmsetup remove thin-* pool")
         if detach:
-            for disk in self._disks:
-                self._guest.detach(disk)
-            self._disks = []
+            self.release()
+
+    def release(self) -> None:
+        """Take the files away from the guest; nothing is active on them."""
+        for disk in self.disks:
+            self._guest.detach(disk)
+        self.disks = []
 
     @staticmethod
     def message(text: str) -> str:
