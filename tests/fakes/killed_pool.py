@@ -217,6 +217,9 @@ class KilledPool:
                 shown[entry.name] = self._contents.intern(bytes(session.read_bytes(0, entry.size_bytes)))
                 session.close()
             for world in worlds:
+                for model in world.values():
+                    # A kill is no power cut: what was answered is there, flushed or not.
+                    model.fold({layer.change.number for layer in model.layers})
                 wrong = compare_names(world, entries)
                 for name, actual in shown.items():
                     wrong = wrong or describe_strangers(name, world[name], actual, self._contents)

@@ -20,9 +20,9 @@ STEPS = 30
 SEEDS = int(os.environ.get("THINPOOL_KILL_SEEDS", "24"))
 # Where rare ones show, so that the search need not be long every time.
 HINTS = {
-    journal_mutants.shrinking_entered: (150,),
-    journal_mutants.length_not_announced: (35,),
-    journal_mutants.replay_not_announced: (4,),
+    journal_mutants.shrinking_entered: (60,),
+    journal_mutants.length_not_announced: (14,),
+    journal_mutants.replay_not_announced: (3, 7),
 }
 KILLS_A_SEED = int(os.environ.get("THINPOOL_KILLS", "14"))
 
