@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from unittest import mock
+from uuid import UUID
 
 import numpy as np
 
@@ -191,6 +192,9 @@ class Scenario:
         identities = mock.patch.object(content_identity, "uuid", self._identities)
         with mock.patch.object(pool_module, "time", self._clock), identities, compose:
             yield
+
+    def _identity(self) -> UUID:
+        return UUID(int=next(self._identities), version=4)
 
     def close(self) -> None:
         """Let go of the pool without committing anything."""
