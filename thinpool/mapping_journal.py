@@ -24,6 +24,9 @@ file must not have been written since the commit either, whatever is in it (the 
 the data file not long after the entries. Block devices change without leaving such traces, and pools of bare paths
 have no place for the file: those have no journal.
 
+The file is mapped into memory where that is safe, so that an entry costs no system call; a kill takes the map and
+leaves the pages. Elsewhere each entry is a `pwrite`.
+
 An entry is written after the block it tells of has its content, and before the write is answered. Each has a
 checksum and its generation, so a torn one, or one of an earlier use of the area, is none. Any part of the entries may
 be missing without harm: that is what a power cut would have left.
@@ -31,17 +34,20 @@ be missing without harm: that is what a power cut would have left.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import itertools
+import mmap
 import os
 import stat
 import struct
 import time
-import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -55,6 +61,7 @@ HEADER_BYTES = 4096
 AREA_HEADER = struct.Struct("<QQQ32s")
 AREA_HEADERS_AT = 16
 BODY = struct.Struct("<QIQQ")  # generation, kind and device id, two numbers
+CHECKSUM = struct.Struct("<I")
 ENTRY_BYTES = 32
 DROPPED = 1 << 24  # above the device id
 ENTRIES_MAX = 1 << 17
@@ -62,10 +69,13 @@ ENTRIES_MAX = 1 << 17
 SPARE_ENTRIES = 1 << 12
 # The committer comes at least every five seconds; a commit to a slow disk may take long itself.
 BELIEVED_NS = 60 * 10**9
+# ext4, xfs, tmpfs (linux/magic.h).
+IN_PLACE = frozenset({0xEF53, 0x58465342, 0x01021994})
+_libc = ctypes.CDLL(None, use_errno=True)
 NO_BASE = bytes(DIGEST_BYTES)
 
 assert HEADER.size == AREA_HEADERS_AT + 2 * AREA_HEADER.size
-assert BODY.size + 4 == ENTRY_BYTES
+assert BODY.size + CHECKSUM.size == ENTRY_BYTES
 
 Log = Callable[[str], None]
 
@@ -118,7 +128,7 @@ class MappingJournal:
         self._headers: list[tuple[int, int, int, bytes]] = [(0, 0, 0, NO_BASE)] * 2
         self._area = self._new_area(1)
         self._active = True
-        # One write system call; tests replace it.
+        # One write system call, or a copy into the map; tests replace it.
         self._pwrite: Callable[[bytes, int], int] = functools.partial(os.pwrite, descriptor)
 
     @classmethod
@@ -133,9 +143,18 @@ class MappingJournal:
     ) -> MappingJournal:
         """Start an empty journal on the pool as it is committed now. Raises OSError."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        journal = cls(descriptor, witness, log, entries_max)
-        journal._pwrite = pwrite or journal._pwrite
-        journal._start()
+        try:
+            journal = cls(descriptor, witness, log, entries_max)
+            if pwrite is not None:
+                journal._pwrite = pwrite
+            elif overwrites_in_place(descriptor):
+                journal._pwrite = _mapped(descriptor, HEADER_BYTES + 2 * entries_max * ENTRY_BYTES)
+            journal._start()
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+            raise
         return journal
 
     def _start(self) -> None:
@@ -159,23 +178,24 @@ class MappingJournal:
 
     def mapped(self, device_id: int, thin_block: int, data_block: int) -> None:
         """A thin block has a data block, whose content is written. The device's lock is held."""
-        self._append(device_id, thin_block, data_block)
-
-    def dropped(self, device_id: int, begin: int, end: int) -> None:
-        """The mappings of [begin, end) are gone from the tree. The device's lock is held."""
-        self._append(device_id | DROPPED, begin, end)
-
-    def _append(self, kind: int, first: int, second: int) -> None:
-        # The area is looked at once: a cut may come any time, and a caller that began before it is waited for.
+        # Written out for speed, as every first write comes here. The area is looked at once: a cut may come any
+        # time, and a caller that began before it is waited for.
         area = self._area
         slot = area.next_slot()
         if not self._active or slot >= self._entries_max:
             return
         if not slot:
             self._note_beginning(area)
-        body = BODY.pack(area.generation, kind, first, second)
-        self._write(body + zlib.crc32(body).to_bytes(4, "little"), area.start + slot * ENTRY_BYTES)
+        body = BODY.pack(area.generation, device_id, thin_block, data_block)
+        try:
+            self._pwrite(body + CHECKSUM.pack(crc32(body)), area.start + slot * ENTRY_BYTES)
+        except OSError as error:
+            self.give_up(str(error))
         area.used = slot + 1
+
+    def dropped(self, device_id: int, begin: int, end: int) -> None:
+        """The mappings of [begin, end) are gone from the tree. The device's lock is held."""
+        self.mapped(device_id | DROPPED, begin, end)
 
     def _note_beginning(self, area: _Area) -> None:
         generation, _, committed, base = self._headers[area.number]
@@ -233,19 +253,19 @@ class MappingJournal:
         """Nothing of it is to be believed any more: the pool is in its committed state, or gave up."""
         if self._active:
             self._active = False
-            self._empty()
+            try:
+                # Not shortened yet: a thread that is late may still store into the map.
+                os.pwrite(self._descriptor, bytes(HEADER.size), 0)
+            except OSError as error:
+                self._log(f"the journal could not be emptied: {error}")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file. Nobody enters anything any more."""
+        if not self._active:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._witness.close()
-
-    def _empty(self) -> None:
-        try:
-            os.pwrite(self._descriptor, bytes(HEADER.size), 0)
-            os.ftruncate(self._descriptor, 0)
-        except OSError as error:
-            self._log(f"the journal could not be emptied: {error}")
 
     def _write_headers(self) -> None:
         first, second = self._headers
@@ -261,6 +281,27 @@ class MappingJournal:
         else:
             if done != len(data):
                 self.give_up("the journal was written in part")
+
+
+def overwrites_in_place(descriptor: int) -> bool:
+    """Whether the file system never needs new space to change what a file has: only then may the file be mapped.
+
+    Where a page cannot be written the kernel has no error for a store into memory, it ends the process.
+    """
+    buffer = (ctypes.c_long * 32)()  # struct statfs, its first field the type (statfs(2))
+    return _libc.fstatfs(descriptor, buffer) == 0 and buffer[0] in IN_PLACE
+
+
+def _mapped(descriptor: int, length_bytes: int) -> Callable[[bytes, int], int]:
+    """A `pwrite` that is a copy into memory: a quarter of what the system call costs. Raises OSError without space."""
+    os.posix_fallocate(descriptor, 0, length_bytes)
+    view = memoryview(mmap.mmap(descriptor, length_bytes))
+
+    def store(data: bytes, offset: int) -> int:
+        view[offset : offset + len(data)] = data
+        return len(data)
+
+    return store
 
 
 def forget_journal(path: Path) -> None:
@@ -360,7 +401,7 @@ def _entries(content: bytes, generation: int, entries_max: int) -> list[Entry]:
     for slot in np.flatnonzero(words[:, 0] == generation).tolist():
         entry = area[slot * ENTRY_BYTES : (slot + 1) * ENTRY_BYTES]
         body = entry[: BODY.size]
-        if zlib.crc32(body) != int.from_bytes(entry[BODY.size :], "little"):
+        if crc32(body) != int.from_bytes(entry[BODY.size :], "little"):
             continue
         _, kind, first, second = BODY.unpack(body)
         device_id = kind & (DROPPED - 1)

@@ -209,10 +209,13 @@ def _begin_journal(location: PoolLocation) -> MappingJournal | None:
     if location.journal_path is None:
         return None
     try:
-        witness = Witness(location.metadata_path, location.data_path)
-        if witness.usable:
-            return MappingJournal.begin(location.journal_path, witness, log.warning)
-        witness.close()
+        with ExitStack() as undoing:
+            witness = Witness(location.metadata_path, location.data_path)
+            undoing.callback(witness.close)
+            if witness.usable:
+                journal = MappingJournal.begin(location.journal_path, witness, log.warning)
+                undoing.pop_all()
+                return journal
     except OSError as error:
         log.warning("writes that are not flushed will not outlive a killed server: %s", error)
     return None
