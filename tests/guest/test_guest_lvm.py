@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,10 @@ def test_a_pool_of_lvm_is_read_changed_and_handed_back(guest: Machine, tmp_path:
     assert listed["root-monday"]["read_only"]
     assert not listed["root"]["read_only"]
     transaction = json.loads(pool.thinpool("status", "--json"))["transaction_id"]
+    metadata_alone = ("--metadata", str(pool.metadata), "--names", str(pool.names))
+    run(sys.executable, "-m", "thinpool", "check", "--quiet", *metadata_alone)
+    found = run(sys.executable, "-m", "thinpool", "diff", "root-monday", "root", "--json", *metadata_alone)
+    _changes_are_where_the_bytes_differ(json.loads(found.stdout), contents)
     judge(pool.location)  # looking has changed nothing
 
     with serving(pool.options, tmp_path, "--read-only") as uri:
@@ -137,6 +142,17 @@ def _the_snapshot_differs_where_the_bytes_do(uri: str, contents: dict[str, bytes
         at += length
     assert at == SIZES["root"]
     assert 0 < dirty_bytes < SIZES["root"] / 2
+
+
+def _changes_are_where_the_bytes_differ(found: dict[str, Any], contents: dict[str, bytes]) -> None:
+    """Outside the ranges of `thinpool diff` the device reads as its snapshot, and where there is a hole as zeros."""
+    was, now = bytearray(contents["root-monday"]), contents["root"]
+    assert found["data_bytes"] > 0
+    assert found["hole_bytes"] > 0
+    for each in found["ranges"]:
+        at, end = each["offset_bytes"], each["offset_bytes"] + each["length_bytes"]
+        was[at:end] = now[at:end] if each["state"] == "data" else bytes(end - at)
+    assert was == now
 
 
 def test_component_volumes_are_opened_where_they_are(guest: Machine, tmp_path: Path):

@@ -20,10 +20,11 @@ from tests.fakes.thin_tools import assert_clean
 from tests.guest.kernel_pool import KernelPool
 from tests.guest.machine import Machine
 from tests.guest.own_pool import judge, make_pool, opened
-from thinpool.errors import PoolReadOnly
+from thinpool.errors import ExitCode, PoolReadOnly
 from thinpool.pool_location import PoolLocation
 
 MIB = 1 << 20
+CHECKOUT = Path(__file__).resolve().parents[2]
 BLOCK = 65536
 DATA_BYTES = 4 * MIB
 DEVICE_BYTES = 8 * MIB
@@ -267,3 +268,47 @@ def test_a_server_of_ours_that_died_in_the_middle_of_writing(guest: Machine, tmp
         assert content[6 * BLOCK :].startswith(b"kernel")
         assert not any(content[5 * BLOCK : 6 * BLOCK])
     judge(location)
+
+
+def test_our_status_lines_are_those_of_dmsetup(guest: Machine, tmp_path: Path):
+    pool = BarePool(tmp_path, guest)
+    pool.make(
+        "dd if=/dev/urandom of=/dev/mapper/thin-1 bs=64k seek=3 count=5 oflag=direct conv=fsync status=none",
+        pool.kernel.message("create_thin 2"),
+        pool.kernel.thin(2, DEVICE_BYTES),
+        pool.kernel.snapshot(3, 1),
+        pool.kernel.thin(3, DEVICE_BYTES),
+        "dd if=/dev/urandom of=/dev/mapper/thin-1 bs=64k seek=20 count=1 oflag=direct conv=fsync status=none",
+        pool.kernel.message("set_transaction_id 0 17"),
+        pool.kernel.message("reserve_metadata_snap"),
+    )
+    lines = pool.kernel.run("dmsetup status").splitlines()
+    pool.kernel.deactivate()
+    names = tmp_path / "names"
+    names.write_text("".join(f"{number} thin-{number} {DEVICE_BYTES}\n" for number in (1, 2, 3)))
+    status, out, err = pool.thinpool("status", "--dm", "--names", str(names))
+    assert status == 0, err
+    assert sorted(out.splitlines()) == sorted(lines)
+
+
+def test_whoever_has_a_pool_on_block_devices_keeps_the_other_out(guest: Machine, tmp_path: Path):
+    pool = BarePool(tmp_path, guest)
+    pool.make()
+    metadata, data = (disk.path for disk in pool.kernel.disks)
+    ours = f"{sys.executable} -m thinpool serve --metadata $(readlink {metadata}) --data $(readlink {data}) --socket /run/s"
+    refused = guest.run(f"cd {CHECKOUT}; {ours}", check=False)
+    assert refused.status == ExitCode.CONFLICT, refused
+    table = f"0 {DATA_BYTES // 512} thin-pool {metadata} {data} 128 0"
+    done = guest.run(
+        f"""dmsetup remove thin-1 pool
+        cd {CHECKOUT}
+        {ours} &
+        until [ -S /run/s ]; do sleep 0.1; done
+        dmsetup create pool --table '{table}' && echo activated || true
+        kill $!
+        wait $!""",
+        check=False,
+    )
+    assert "activated" not in done.out
+    assert "busy" in done.err.lower()
+    pool.kernel.release()
