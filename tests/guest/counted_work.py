@@ -86,7 +86,7 @@ def work_of_the_kernel(guest: Machine, directory: Path) -> dict[str, Work]:
     for name, steps in phases().items():
         before = _disks(guest)
         lines = [line for step in steps for line in _lines(kernel, step, counted)]
-        kernel.run(*lines, "sync /dev/mapper/thin-1", seconds=120)
+        kernel.run(*lines, "sync /dev/mapper/thin-1", seconds=400)
         found[name] = _disks(guest).since(before)
     kernel.deactivate()
     return found
