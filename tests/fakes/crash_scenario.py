@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from unittest import mock
-from uuid import UUID
 
 import numpy as np
 
@@ -163,7 +162,8 @@ class Scenario:
         self.text.append("kill")
         self._clients.clear()
         self.abandon_pool()
-        self.pool = self._open()
+        with self.timed():
+            self.pool = self._open()
         self.compare_all()
 
     def abandon_pool(self) -> None:
@@ -192,9 +192,6 @@ class Scenario:
         identities = mock.patch.object(content_identity, "uuid", self._identities)
         with mock.patch.object(pool_module, "time", self._clock), identities, compose:
             yield
-
-    def _identity(self) -> UUID:
-        return UUID(int=next(self._identities), version=4)
 
     def close(self) -> None:
         """Let go of the pool without committing anything."""
