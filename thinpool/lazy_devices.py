@@ -28,11 +28,11 @@ from .errors import DeviceExists, DeviceIncomplete, NoSuchDevice, PoolDamaged, S
 from .hydration import BackgroundHydration
 from .lazy_device import LazyDevice
 from .remote_blocks import Origin, RemoteBlocks
+from .store.store import Store
 
 if TYPE_CHECKING:
     from .pool import Pool
     from .store.manifests import Manifest
-    from .store.store import Store
 
 TAG = "remote"
 DIRECTORY = "remote"
@@ -117,20 +117,19 @@ class LazyDevices:
 
     def pull(self, request: PullRequest) -> CatalogEntry:
         """Begin to pull, or go on with one that was begun. Raises DeviceExists, the store's errors."""
-        from .store.store import Store
-
         present = self._pool.catalog.by_name(request.name)
-        if present is not None:
-            self._same(present, request)
-            running = self._running.get(present.device_id)
-            if running is not None:
-                running.hurry()
+        if present is not None and self._begun(present, request):
             return present
         secret = None
         if request.key_file is not None:
             secret = Path(request.key_file).read_bytes().removesuffix(b"\n")
         store = Store.open(request.url, secret)
         manifest = store.snapshot(request.snapshot)
+        if present is not None:
+            # Done before, and nobody wrote to it since: a command that was killed at its very end is run again.
+            if present.receiving is None and present.content_id == manifest.about.device:
+                return present
+            raise DeviceExists(request.name)
         origin = _held(store, manifest, request)
         try:
             return self._create(request, manifest, origin)
@@ -140,13 +139,21 @@ class LazyDevices:
                     store.release(origin.root)
             raise
 
-    def _same(self, present: CatalogEntry, request: PullRequest) -> None:
-        """Raise DeviceExists unless the device is being pulled from the same snapshot."""
+    def _begun(self, present: CatalogEntry, request: PullRequest) -> bool:
+        """Whether a device is being pulled from the same snapshot, or was since the pool was opened.
+
+        Raises DeviceExists where it is being pulled from another.
+        """
         lazy = self.of(present)
         origin = lazy.remote.origin if lazy is not None else self._completed.get(present.device_id)
-        if origin is not None and (origin.url, origin.snapshot) == (request.url, request.snapshot):
-            return
-        raise DeviceExists(request.name)
+        if origin is None:
+            return False
+        if (origin.url, origin.snapshot) != (request.url, request.snapshot):
+            raise DeviceExists(request.name)
+        running = self._running.get(present.device_id)
+        if running is not None:
+            running.hurry()
+        return True
 
     def _create(self, request: PullRequest, manifest: Manifest, origin: Origin) -> CatalogEntry:
         from .store.manifests import SEGMENT_BYTES

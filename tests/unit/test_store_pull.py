@@ -271,6 +271,23 @@ def test_an_interrupted_pull_goes_on(url: str, open_one: Callable[..., Pool]) ->
         pool.begin_pull(PullRequest(url, "image", "plain"))
 
 
+def test_a_pull_that_was_done_is_done_until_somebody_writes(url: str, open_one: Callable[..., Pool]) -> None:
+    pushed(url)
+    pushed(url, "other")
+    request = PullRequest(url, "image", "copy")
+    pool = open_one()
+    pool.begin_pull(request)
+    complete(pool, "copy")
+    pool.close()
+    pool = open_one()
+    assert pool.begin_pull(request)["complete"]
+    with pytest.raises(DeviceExists):
+        pool.begin_pull(PullRequest(url, "other", "copy"))
+    pool.open_session(entry_of(pool, "copy")).close()
+    with pytest.raises(DeviceExists):
+        pool.begin_pull(request)
+
+
 def test_a_pull_that_is_given_up_leaves_nothing(url: str, open_one: Callable[..., Pool]) -> None:
     pushed(url)
     pool = open_one()
