@@ -13,7 +13,7 @@ record, and, where several devices have the same number, by freed copies of the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -31,7 +31,10 @@ _NOBODY = -1
 
 @dataclass(frozen=True, slots=True)
 class PoolRoots:
-    """The two trees of a pool, found by scanning. `candidates`: how many pairs would do as well."""
+    """The two trees of a pool, found by scanning.
+
+    `candidates`: how many pairs would do as well.
+    """
 
     mapping_root: int = 0
     details_root: int = 0
@@ -42,7 +45,10 @@ class PoolRoots:
 
 @dataclass(slots=True)
 class FoundRoots:
-    """Roots by device: those that fit no other device, and those that might be another's; and roots of nobody."""
+    """Roots by device: those that fit no other device, and those that might be another's; and roots of nobody.
+
+    What freed leaves say of a device is as old as they are, so it is a guess unless the space map confirms it.
+    """
 
     certain: dict[int, int] = field(default_factory=dict)
     guessed: dict[int, int] = field(default_factory=dict)
@@ -61,10 +67,14 @@ class LostNodes:
         self._parents: dict[int, set[object]] = {}
         self._damaged: dict[int, DamagedNode] = {}
         self._entries: dict[int, int] = {}
+        # Mappings of each device whose tree can be read completely.
+        self.mapped: dict[int, int] = {}
         for device, root in trees.items():
-            self._walk((superblock.mapping_root, device), root)
+            tree, entries = self._walk((superblock.mapping_root, device), root)
+            if not tree.lost:
+                self.mapped[device] = entries
 
-    def _walk(self, place: object, root: int) -> int:
+    def _walk(self, place: object, root: int) -> tuple[TreeSalvage, int]:
         tree = TreeSalvage(self._store, root)
         entries = sum(len(keys) for keys, _ in tree.mappings())
         for location, parents in tree.reached.items():
@@ -74,7 +84,7 @@ class LostNodes:
                 known.add(place)
         for node in tree.damaged:
             self._damaged[node.location] = node
-        return entries
+        return tree, entries
 
     def _entries_below(self, root: int) -> int:
         if root not in self._entries:
@@ -206,22 +216,76 @@ class LostNodes:
         missing = [device for device in open_ones if device not in found.certain | found.guessed]
         if len(left) == len(missing) == 1:
             found.guessed[missing[0]] = left[0]
-        elif not missing and not any(node.is_leaf is not True for node in self._damaged.values()):
-            found.nameless = sorted(left)  # what a damaged node may have led to is no root
+            missing = []
+        for device in missing:
+            self._ask_freed_leaves(device, wanted[device], found)
+        if not missing and not any(node.is_leaf is not True for node in self._damaged.values()):
+            # What a damaged node may have led to is no root.
+            self._name(sorted(left), wanted, found)
         for location in {*found.certain.values(), *found.guessed.values(), *found.nameless}:
             self._walk((_NOBODY, location), location)
         return found
 
+    def _ask_freed_leaves(self, device: int, count: int, found: FoundRoots) -> None:
+        """A root that an earlier list of roots names for a device, if it has as many mappings as the record says."""
+        taken = {*found.certain.values(), *found.guessed.values()}
+        known = self._known_nodes()
+        named = [root for root in self._named_before(device) if root not in taken and root in known]
+        fitting = [root for root in named if self._entries_below(root) == count]
+        if not fitting:
+            below = {int(child) for node in self._inner.values() for child in node.values.tolist()}
+            tops = known - below - taken - self._parents.keys()
+            fitting = [root for root in tops if self._entries_below(root) == count]
+        if len(fitting) == 1:
+            found.guessed[device] = fitting[0]
+
+    def _known_nodes(self) -> set[int]:
+        assert self._scan is not None
+        return {*self._scan.leaves, *self._scan.inner}
+
+    def _named_before(self, device: int) -> set[int]:
+        """Roots that freed lists of roots name for a device."""
+        assert self._scan is not None
+        return {
+            int(node.values[np.flatnonzero(node.keys == device)[0]])
+            for node in self._scan.small.values()
+            if (node.keys == device).any()
+        }
+
+    def nearest(self, root: int, earlier: Mapping[int, int]) -> int | None:
+        """Of the roots devices had at an earlier commit, the device whose tree has most nodes in common with `root`."""
+        if self._scan is None or root not in self._scan.inner:
+            return None
+        children = set(self._scan.inner[root].values.tolist())
+        common = {
+            device: len(children & set(self._scan.inner[before].values.tolist()))
+            for device, before in earlier.items()
+            if before in self._scan.inner
+        }
+        best = max(common.values(), default=0)
+        nearest = [device for device, count in common.items() if count == best]
+        return nearest[0] if best and len(nearest) == 1 else None
+
+    def _name(self, roots: list[int], wanted: Mapping[int, int], found: FoundRoots) -> None:
+        """Roots of devices that no record tells of: numbers as freed lists of roots give them."""
+        assert self._scan is not None
+        for root in roots:
+            owners = {
+                int(key)
+                for node in self._scan.small.values()
+                for key in node.keys[node.values == root].tolist()
+                if key not in wanted and key not in found.guessed
+            }
+            if len(owners) == 1:
+                found.guessed[owners.pop()] = root
+            else:
+                found.nameless.append(root)
+
     def _tell_apart(self, devices: list[int], roots: list[int], found: FoundRoots) -> None:
         """Devices with equally many mappings: a root is its device's where a freed leaf of roots says so."""
-        assert self._scan is not None
         free = list(roots)
         for device in devices:
-            before = {
-                int(node.values[np.flatnonzero(node.keys == device)[0]])
-                for node in self._scan.small.values()
-                if (node.keys == device).any()
-            }
+            before = self._named_before(device)
             same = [root for root in free if root in before]
             if len(same) == 1:
                 found.certain[device] = same[0]
@@ -249,7 +313,7 @@ def find_roots(store: BlockStore) -> PoolRoots:
         return counted[root]
 
     best: tuple[tuple[int, ...], PoolRoots] | None = None
-    pairs = 0
+    complete = 0
     for details_root, details in records.small.items():
         for mapping_root, roots in mappings.small.items():
             if len(details.keys) == 0 or not np.array_equal(details.keys, roots.keys):
@@ -261,7 +325,7 @@ def find_roots(store: BlockStore) -> PoolRoots:
             ]
             time = int(details.values["snapshotted_time"].max())
             transaction = int(details.values["transaction_id"].max()) + 1
-            pairs += all(right)
+            complete += all(right)
             rank = (sum(right), len(right), time, transaction, sum(wanted), mapping_root, details_root)
             if best is None or rank > best[0]:
                 chosen = PoolRoots(
@@ -270,8 +334,7 @@ def find_roots(store: BlockStore) -> PoolRoots:
                 best = rank, chosen
     if best is None:
         return PoolRoots()
-    chosen = best[1]
-    return PoolRoots(chosen.mapping_root, chosen.details_root, chosen.time, chosen.transaction_id, pairs)
+    return replace(best[1], candidates=complete)
 
 
 def _latest(store: BlockStore, roots: Node, time: int) -> int:

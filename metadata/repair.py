@@ -30,6 +30,8 @@ from .layout import (
 )
 from .lost_nodes import LostNodes, PoolRoots, find_roots
 from .pool_build import BuildReport, PoolBuilder, PoolFields
+from .problems import Fault, Severity
+from .recount import recount
 from .store import BlockStore
 from .superblock import SpaceMapRoot, Superblock, read_superblock
 from .tree_salvage import Substitutes, TreeSalvage
@@ -52,8 +54,10 @@ class Outcome(Enum):
 
     WHOLE = "is complete"
     FOUND = "is complete; its tree was found by scanning"
-    GUESSED = "was found by scanning; which device it is, is a guess"
-    SUSPECT = "can be read, but its record tells another number of blocks"
+    GUESSED = "was found by scanning; which device it is, or of which moment, is a guess"
+    SUSPECT = (
+        "can be read, but its record or the space map contradicts it: part of it may be older than the rest"
+    )
     DAMAGED = "has lost blocks"
     GONE = "is lost"
 
@@ -109,15 +113,18 @@ class _Repair:
         self._known = known
         self._remarks: list[str] = []
         self._devices: dict[int, _Device] = {}
-        self._highest = 0
+        self._superblock_lost = False
+        self._confirmed = True
+        self._doubtful: U64Array = np.empty(0, np.uint64)
 
     def run(self, target: BlockStore) -> RepairReport:
         superblock = self._superblock()
         self._list_devices(superblock)
         self._look_for_the_lost(superblock)
+        self._doubt()
         data_blocks = superblock.data_space.blocks
         if not data_blocks:
-            data_blocks = self._highest + 1
+            data_blocks = self._highest_block() + 1
             self._remarks.append(
                 f"the size of the data is not known; {data_blocks} blocks are in use at least"
             )
@@ -131,6 +138,15 @@ class _Repair:
         builder = PoolBuilder(target, fields)
         outcomes = [self._copy(builder, number, fields) for number in sorted(self._devices)]
         return RepairReport(tuple(outcomes), tuple(self._remarks), builder.finish())
+
+    def _highest_block(self) -> int:
+        """The highest data block that any device names, 0 where none does."""
+        highest = 0
+        for device in self._devices.values():
+            if device.root is not None:
+                for _, values in TreeSalvage(self._source, device.root, device.substitutes).mappings():
+                    highest = max(highest, int(values.max(initial=0)) >> TIME_BITS)
+        return highest
 
     # Superblock
 
@@ -156,6 +172,7 @@ class _Repair:
         if base is None and self._known.data_block_sectors is None:
             raise SuperblockLost("the size of its data blocks")
         roots = find_roots(self._source)
+        self._superblock_lost = True
         if roots.candidates > 1:
             self._remarks.append(
                 f"{roots.candidates} complete sets of trees were found; the one that looks newest is used"
@@ -188,9 +205,26 @@ class _Repair:
             self._devices[device] = _Device(root, None)
         for device, record in zip(record_ids.tolist(), records.tolist(), strict=True):
             self._devices.setdefault(device, _Device(None, None)).record = record
+        if not self._devices and not (all_roots and all_records):
+            self._list_from_freed_blocks()
+        if self._superblock_lost:
+            # Freed blocks may hold the trees of an earlier commit whole, and nothing says which commit was the last.
+            for each in self._devices.values():
+                each.outcome = Outcome.GUESSED
         for device in [device for device in self._devices if device >= DEVICE_ID_LIMIT]:
             self._remarks.append(f"device {device} has an impossible number and is left out")
             del self._devices[device]
+
+    def _list_from_freed_blocks(self) -> None:
+        """Both lists are lost: the devices as an earlier commit listed them, each of them a guess."""
+        earlier = find_roots(self._source)
+        if not earlier.candidates:
+            return
+        self._remarks.append("both lists of devices are lost; they are listed as freed blocks have them")
+        ids, roots, _ = salvage(self._source, 8, earlier.mapping_root)
+        _, records, _ = salvage(self._source, 24, earlier.details_root)
+        for device, root, record in zip(ids.tolist(), roots.tolist(), records.tolist(), strict=True):
+            self._devices[device] = _Device(root, record, Outcome.GUESSED)
 
     def _look_for_the_lost(self, superblock: Superblock) -> None:
         """Roots of devices without one, and what damaged nodes led to."""
@@ -204,6 +238,7 @@ class _Repair:
         complete = salvage(self._source, 8, superblock.mapping_root)[2]
         if wanted or not complete:
             self._adopt_roots(lost, wanted)
+        self._replace_stale_roots(lost)
         substitutes = lost.substitutes()
         for device in self._devices.values():
             device.substitutes = substitutes
@@ -215,11 +250,46 @@ class _Repair:
             self._devices[number].outcome = Outcome.FOUND
         for number, root in found.guessed.items():
             device = self._devices.setdefault(number, _Device(None, None))
+            if device.root is not None:
+                device.record = None  # of an earlier state, as the root was that is replaced here
             device.root, device.outcome = root, Outcome.GUESSED
+        earlier = {number: device.root for number, device in self._devices.items() if device.root is not None}
         for root in found.nameless:
+            nearest = lost.nearest(root, earlier)
+            if nearest is not None and self._devices[nearest].outcome is Outcome.GUESSED:
+                self._devices[nearest] = _Device(root, None, Outcome.GUESSED)
+                continue
             self._devices[max(self._devices, default=-1) + 1] = _Device(root, None, Outcome.GUESSED)
         for number in wanted.keys() - found.certain.keys() - found.guessed.keys():
             self._devices[number].outcome = Outcome.GONE if wanted[number] else Outcome.FOUND
+
+    def _replace_stale_roots(self, lost: LostNodes) -> None:
+        """A list of roots may be older than the records: where a root of the recorded size is around, it is the one."""
+        stale = {
+            number: device.record[0]
+            for number, device in self._devices.items()
+            if device.record is not None and lost.mapped.get(number, device.record[0]) != device.record[0]
+        }
+        if stale:
+            for number, root in lost.roots_for(stale).certain.items():
+                self._devices[number].root = root
+                self._devices[number].outcome = Outcome.FOUND
+
+    def _doubt(self) -> None:
+        """Whether mappings and the data space map agree; where not, a node may be older than the pool.
+
+        Blocks that are named oftener than counted cast doubt on who names them, any disagreement on devices that no
+        record confirms.
+        """
+        problems = recount(self._source)
+        wrong = [problem for problem in problems if problem.place.structure.startswith("data space map")]
+        self._confirmed = not any(problem.severity > Severity.HINT for problem in wrong)
+        low = [
+            np.arange(problem.first, problem.first + problem.count, dtype=np.uint64)
+            for problem in wrong
+            if problem.fault is Fault.COUNT_LOW
+        ]
+        self._doubtful = np.concatenate([self._doubtful, *low])
 
     # Copying
 
@@ -232,6 +302,7 @@ class _Repair:
         if not created <= snapshotted <= time:
             created, snapshotted = min(created, time), time
         builder.begin_device(number, transaction_id, created, snapshotted)
+        doubtful = device.record is None and not self._confirmed
         mapped, lost = 0, [(0, KEY_LIMIT)] if device.root is None and recorded else []
         if device.root is not None:
             tree = TreeSalvage(self._source, device.root, device.substitutes)
@@ -241,11 +312,15 @@ class _Repair:
                     keys[kept], values[kept] & ~np.where(_late(values[kept], time), _TIME_MASK, np.uint64(0))
                 )
                 mapped += int(np.count_nonzero(kept))
+                doubtful = doubtful or bool(np.isin(values >> np.uint64(TIME_BITS), self._doubtful).any())
             lost = tree.lost
             if recorded is not None and mapped < recorded and not lost:
                 lost = [(node.begin, node.last + 1) for node in tree.damaged]
         builder.end_device()
-        return DeviceOutcome(number, _outcome(device, mapped, recorded, lost), mapped, recorded, tuple(lost))
+        outcome = _outcome(device, mapped, recorded, lost)
+        if doubtful and outcome in (Outcome.WHOLE, Outcome.FOUND):
+            outcome = Outcome.SUSPECT
+        return DeviceOutcome(number, outcome, mapped, recorded, tuple(lost))
 
     def _usable(self, keys: U64Array, values: U64Array, fields: PoolFields, tree: TreeSalvage) -> np.ndarray:
         inside: np.ndarray = (values >> np.uint64(TIME_BITS)) < np.uint64(fields.data_blocks)

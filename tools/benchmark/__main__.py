@@ -138,6 +138,13 @@ def send_lines(options: argparse.Namespace, work: Path) -> list[str]:
     return transfers.run(work, size_bytes=size_bytes, rounds=options.rounds or (1 if options.quick else 3))
 
 
+def metadata_lines(options: argparse.Namespace, work: Path) -> list[str]:
+    from . import metadata
+
+    mapped = counts(options, "200000" if options.quick else "10000000")[0]
+    return metadata.run(work, mappings=mapped, rounds=options.rounds or (1 if options.quick else 3))
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """A report that is not about the matrix: what `--help` says, its title, and what measures and writes it."""
@@ -150,6 +157,9 @@ class Report:
 REPORTS = {
     "snapshots": Report("cost of a snapshot", "What a snapshot costs", snapshot_lines),
     "open": Report("large pools", "Large pools", open_lines),
+    "metadata": Report(
+        "check, dump, restore beside Debian's tools", "Check, dump and restore", metadata_lines
+    ),
     "crowd": Report("many clients, bad clients", "Many clients, bad clients", crowd_lines),
     "calls": Report("system calls a request", "System calls a request", call_lines),
     "store": Report("push and pull beside copying alone", "Object storage", store_lines),
