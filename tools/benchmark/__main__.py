@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
         + "; ".join(f"{name}: {kind.about}" for name, kind in REPORTS.items()),
     )
     made.add_argument(
-        "--cells", help="comma-separated names or patterns; step1 is the group of first figures"
+        "--cells",
+        help="comma-separated names or patterns; step1 is the group of first figures; metadata: check, dump, restore",
     )
     made.add_argument("--servers", help="comma-separated servers (default: all that a cell names)")
     made.add_argument("--rounds", type=int, help="rounds of every cell (default 5)")
@@ -142,7 +143,9 @@ def metadata_lines(options: argparse.Namespace, work: Path) -> list[str]:
     from . import metadata
 
     mapped = counts(options, "200000" if options.quick else "10000000")[0]
-    return metadata.run(work, mappings=mapped, rounds=options.rounds or (1 if options.quick else 3))
+    chosen = options.cells.split(",") if options.cells else []
+    rounds = options.rounds or (1 if options.quick else 3)
+    return metadata.run(work, mappings=mapped, rounds=rounds, chosen=chosen)
 
 
 @dataclass(frozen=True, slots=True)

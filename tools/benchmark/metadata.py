@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +77,10 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - begun
 
 
-def run(work: Path, *, mappings: int, rounds: int, say: Callable[[str], None] = print) -> list[str]:
-    """Measure; the lines of the report."""
+def run(
+    work: Path, *, mappings: int, rounds: int, chosen: Sequence[str], say: Callable[[str], None] = print
+) -> list[str]:
+    """Measure the `chosen` of check, dump and restore; the lines of the report."""
     image, text, target = work / "metadata", work / "dump.xml", work / "restored"
     total = make(image, mappings)
     own = [sys.executable, "-m", "thinpool"]
@@ -98,7 +100,7 @@ def run(work: Path, *, mappings: int, rounds: int, say: Callable[[str], None] = 
         ),
     }
     rows = []
-    for name, commands in jobs.items():
+    for name, commands in [(name, jobs[name]) for name in chosen or jobs]:
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
             for spent, command in zip(seconds, commands, strict=True):
@@ -110,7 +112,7 @@ def run(work: Path, *, mappings: int, rounds: int, say: Callable[[str], None] = 
         mine, other = (statistics.median(spent) for spent in seconds)
         spread = [f"{min(spent):.2f} to {max(spent):.2f}" for spent in seconds]
         rows.append([name, f"{mine:.2f} s", spread[0], f"{other:.2f} s", spread[1], f"{other / mine:.2f}"])
-    same = ours.read_bytes() == theirs.read_bytes()
+    same = _agree(ours, theirs, target, text)
     shutil.rmtree(work, ignore_errors=True)
     head = ["", "thinpool", "spread", "Debian's tool", "spread", "times as fast"]
     return [
@@ -120,5 +122,18 @@ def run(work: Path, *, mappings: int, rounds: int, say: Callable[[str], None] = 
         "",
         *table(head, rows),
         "",
-        f"The two dumps are {'byte for byte the same' if same else 'DIFFERENT'}.",
+        *same,
     ]
+
+
+def _agree(ours: Path, theirs: Path, restored: Path, text: Path) -> list[str]:
+    """What was compared beside the time."""
+    lines = []
+    if ours.exists():
+        same = ours.read_bytes() == theirs.read_bytes()
+        lines.append(f"The two dumps are {'byte for byte the same' if same else 'DIFFERENT'}.")
+    if restored.exists() and restored.stat().st_blocks:
+        done = subprocess.run(["thin_dump", str(restored)], stdout=subprocess.PIPE, check=True)
+        same = done.stdout == text.read_bytes()
+        lines.append(f"What was restored last dumps to {'the same text' if same else 'ANOTHER text'}.")
+    return lines
