@@ -3,7 +3,8 @@
 In: taking and releasing the snapshot on behalf of other processes. Out: how a reader is known to live (`control.py`: by
 its connection), reading through it (`metadata_view.py`).
 
-A metadata snapshot that was there before is left alone: readers read that one, and it stays.
+A metadata snapshot that was there before is left alone: readers read that one, and it stays. The catalogue notes that
+one is about to be taken for readers, so that the next to open the pool after a crash releases it, and only such a one.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any
 
 from metadata import MetadataError, MetadataFull
 
+from .catalog import Catalog
 from .engine import Engine
 from .errors import ThinPoolError
+
+NOTE = "metadata-snapshot-for-readers"
 
 log = logging.getLogger("thinpool")
 
@@ -22,8 +26,9 @@ log = logging.getLogger("thinpool")
 class MetadataReaders:
     """Counts the readers of one pool. Thread-safe, under the engine's transaction lock."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, catalog: Catalog) -> None:
         self._engine = engine
+        self._catalog = catalog
         self._readers = 0
         self._ours = False
 
@@ -44,7 +49,24 @@ class MetadataReaders:
             self._readers += 1
             return {"held_root": held, "fresh": fresh}
 
+    def release_left_over(self) -> None:
+        """After opening for writing: release what a server that was killed held for readers. Raises as `enter`."""
+        if self._catalog.setting(NOTE) is None:
+            return
+        if self._engine.metadata.held_root:
+            log.warning("a metadata snapshot that readers of a killed server needed is released")
+            self._release()
+        self._catalog.set_setting(NOTE, None)
+
+    def _release(self) -> None:
+        engine = self._engine
+        with engine.transaction:
+            with engine.changing_tree():
+                engine.metadata.release_metadata_snapshot()
+            engine.commit()
+
     def _reserve(self) -> int:
+        self._catalog.set_setting(NOTE, "1")  # durable before the snapshot can be
         refusals: list[MetadataFull] = []
 
         def reserve() -> None:
@@ -70,8 +92,7 @@ class MetadataReaders:
             if engine.failure is not None:
                 return  # nothing is written any more; the next to open the pool finds the snapshot there
             try:
-                with engine.changing_tree():
-                    engine.metadata.release_metadata_snapshot()
-                engine.commit()
+                self._release()
+                self._catalog.set_setting(NOTE, None)
             except (OSError, MetadataError, ThinPoolError) as error:
                 log.error("the metadata snapshot of a reader could not be released: %s", error)  # noqa: TRY400

@@ -60,7 +60,7 @@ class Pool:
         self.block_bytes = engine.block_bytes
         # Set where a command looks at a pool that nobody serves: its mode is what it would be if it were served.
         self.only_looking = False
-        self.metadata_readers = MetadataReaders(engine)
+        self.metadata_readers = MetadataReaders(engine, catalog)
         self.lazy = LazyDevices(self)
         self._held = held  # locks, released by closing
         self.transfers = Transfers(self)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.fakes.metadata_edits import Image
 from tests.fakes.thin_tools import run_tool, thin_restore
 from thinpool.cli import cli
 from thinpool.cli.report import run_reporting
+from thinpool.control_client import ControlClient
 from tools.disk_client import DiskClient
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -249,6 +251,36 @@ def test_a_metadata_snapshot_that_is_there_is_respected(pool: Path):
     assert 'dev_id="99"' in thinpool("dump", pool).stdout
     assert 'dev_id="99"' not in thinpool("dump", "-m", pool).stdout
     thinpool("check", "-m", pool)
+
+
+def held_root(pool: Path) -> int:
+    return int(json.loads(thinpool("status", pool, "--json").stdout)["held_root"])
+
+
+def test_a_reader_that_dies_and_a_server_that_dies(served: Path):
+    first, second = (ControlClient(served / "control").hold_metadata() for _ in range(2))
+    assert (first.fresh, second.fresh) == (True, False)
+    assert first.held_root == second.held_root == held_root(served) != 0
+    first.close()
+    assert second.lasts
+    assert held_root(served) != 0
+    pid = json.loads(thinpool("status", served, "--json").stdout)["server"]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    select.select([second._connection.sock], [], [], 10)
+    assert not second.lasts
+    second.close()
+    assert held_root(served) != 0  # looking changes nothing
+    thinpool("create", served, "new", "--size", "1M")
+    assert held_root(served) == 0
+    thinpool("check", served)
+
+
+def test_stopping_releases_what_readers_hold(served: Path):
+    hold = ControlClient(served / "control").hold_metadata()
+    thinpool("stop", served)
+    assert not hold.lasts
+    hold.close()
+    assert held_root(served) == 0
 
 
 # dump and restore
