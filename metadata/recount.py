@@ -94,11 +94,15 @@ class DataReferences:
             return
         # Sorted, equal ones together: four times as fast as np.add.at on blocks in the order of the mappings.
         places = np.sort(blocks.astype(np.int64))
-        last_of_each = np.append(np.flatnonzero(places[1:] != places[:-1]), len(places) - 1)
-        distinct = places[last_of_each]
-        self._counts[distinct] += np.diff(last_of_each, prepend=-1).astype(np.uint32)
-        chunks = distinct // ENTRIES_PER_BITMAP
-        self._touched[chunks[np.flatnonzero(np.diff(chunks, prepend=-1))]] = True
+        changes = places[1:] != places[:-1]
+        if changes.all():
+            self._counts[places] += 1
+        else:
+            last_of_each = np.append(np.flatnonzero(changes), len(places) - 1)
+            self._counts[places[last_of_each]] += np.diff(last_of_each, prepend=-1).astype(np.uint32)
+        first, last = (int(place) // ENTRIES_PER_BITMAP for place in (places[0], places[-1]))
+        edges = places.searchsorted(np.arange(first, last + 2) * ENTRIES_PER_BITMAP)
+        self._touched[first : last + 1] |= edges[1:] > edges[:-1]
 
     def chunk(self, number: int) -> U32Array | None:
         """References to the blocks of one bitmap, None when there are none."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from metadata import (
     BlockStore,
@@ -32,13 +33,13 @@ from metadata import (
 from metadata.superblock import read_superblock
 from metadata.walk import salvage
 
-from .catalog import Catalog
-from .control_client import AnswerLostError, ControlClient, MetadataHold, NotServedError
 from .errors import MetadataChanged, MetadataInUse, NotAPool, PoolBusy, ThinPoolError
-from .lvm_names import read_names
 from .operations import translating
 from .pool_location import PoolLocation
 from .pool_lock import PoolLock
+
+if TYPE_CHECKING:
+    from .control_client import MetadataHold
 
 SECTOR_BYTES = 512
 HOLD_ATTEMPTS = 5
@@ -114,8 +115,11 @@ def change_metadata(location: PoolLocation) -> Iterator[MetadataView]:
 
 def _hold(location: PoolLocation) -> MetadataHold | None:
     """A hold on the metadata of a served pool, None where nobody serves it."""
-    if location.control_path is None:
+    # Imported here: a file by itself has no server and no catalogue, and loading them takes as long as its check.
+    if location.control_path is None or not location.control_path.exists():
         return None
+    from .control_client import AnswerLostError, ControlClient, NotServedError
+
     try:
         return ControlClient(location.control_path).hold_metadata()
     except (NotServedError, AnswerLostError):
@@ -180,6 +184,8 @@ def _view_served(
     """What a hold lets us see, and the hold that it takes in the end."""
     if not hold.held_root or snapshot:
         return _described(location, _view_store(store, snapshot=snapshot)), hold
+    from .control_client import ControlClient
+
     for _ in range(HOLD_ATTEMPTS if hold.fresh else 0):
         captured = capture_space_maps(store)
         if captured is not None:
@@ -221,9 +227,13 @@ def device_names(location: PoolLocation, present: AbstractSet[int]) -> dict[int,
     Raises NamesUnusable for a file of names that was asked for.
     """
     if location.names_path is not None:
+        from .lvm_names import read_names
+
         return {device.device_id: device.name for device in read_names(location.names_path, present)}
     if location.catalog_path is None or not location.catalog_path.exists():
         return {}
+    from .catalog import Catalog
+
     with suppress(ThinPoolError, OSError):
         catalog = Catalog.open(location.catalog_path, writable=False)
         try:

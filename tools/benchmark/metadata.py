@@ -6,12 +6,14 @@ frame (`__main__.py`). What is restored is what was dumped; the restored metadat
 
 from __future__ import annotations
 
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +70,24 @@ def make(path: Path, mappings: int) -> int:
     return total
 
 
-def timed(command: list[str]) -> float:
-    """Run a program to its end; the seconds it took. Raises CalledProcessError."""
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one run of a program took: from start to end, and of processors."""
+
+    wall_seconds: float
+    processor_seconds: float
+
+
+def timed(command: list[str]) -> Spent:
+    """Run a program to its end. Raises CalledProcessError."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begun = time.perf_counter()
     subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True
     )
-    return time.perf_counter() - begun
+    wall = time.perf_counter() - begun
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def run(
@@ -101,20 +114,19 @@ def run(
     }
     rows = []
     for name, commands in [(name, jobs[name]) for name in chosen or jobs]:
-        seconds: tuple[list[float], list[float]] = ([], [])
+        spent: tuple[list[Spent], list[Spent]] = ([], [])
         for _ in range(rounds):
-            for spent, command in zip(seconds, commands, strict=True):
+            for mine, command in zip(spent, commands, strict=True):
                 fresh()
-                spent.append(timed(command))
+                mine.append(timed(command))
+                program = "thinpool" if command[0] == sys.executable else command[0]
                 say(
-                    f"{name} {command[-1] if command[0] == sys.executable else command[0]}: {spent[-1]:.2f} s"
+                    f"{name}, {program}: {mine[-1].wall_seconds:.2f} s, {mine[-1].processor_seconds:.2f} s of CPU"
                 )
-        mine, other = (statistics.median(spent) for spent in seconds)
-        spread = [f"{min(spent):.2f} to {max(spent):.2f}" for spent in seconds]
-        rows.append([name, f"{mine:.2f} s", spread[0], f"{other:.2f} s", spread[1], f"{other / mine:.2f}"])
+        rows.append(_row(name, *spent))
     same = _agree(ours, theirs, target, text)
     shutil.rmtree(work, ignore_errors=True)
-    head = ["", "thinpool", "spread", "Debian's tool", "spread", "times as fast"]
+    head = ["", "thinpool", "range", "CPU", "Debian's tool", "range", "CPU", "times as fast", "by CPU"]
     return [
         f"{total:,} mappings in {DEVICES} devices ({ORIGINS} origins, snapshots that share all but a fiftieth), in",
         f"runs of {RUN_BLOCKS} blocks; whole processes, start included, alternated in {rounds} rounds, medians.",
@@ -124,6 +136,17 @@ def run(
         "",
         *same,
     ]
+
+
+def _row(name: str, ours: Sequence[Spent], theirs: Sequence[Spent]) -> list[str]:
+    cells, medians = [], []
+    for spent in (ours, theirs):
+        walls = [each.wall_seconds for each in spent]
+        median = statistics.median(walls), statistics.median(each.processor_seconds for each in spent)
+        medians.append(median)
+        cells += [f"{median[0]:.2f} s", f"{min(walls):.2f}-{max(walls):.2f}", f"{median[1]:.2f} s"]
+    ratios = [f"{other / mine:.2f}" for mine, other in zip(*medians, strict=True)]
+    return [name, *cells, *ratios]
 
 
 def _agree(ours: Path, theirs: Path, restored: Path, text: Path) -> list[str]:
