@@ -158,14 +158,10 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
         engine = Engine(metadata, data, writable=writable, log=log.error, journal=journal)
         undoing.pop_all()
     pool = Pool(location, engine, catalog, [lock])
-    try:
-        if writable:
-            pool.metadata_readers.release_left_over()
-            pool.lazy.sweep()
-            pool.transfers.drop_frozen_copies()
-    except BaseException:
-        pool.close()
-        raise
+    if writable:
+        pool.metadata_readers.release_left_over()
+        pool.lazy.sweep()
+        pool.transfers.drop_frozen_copies()
     return pool
 
 
