@@ -58,7 +58,7 @@ def make(work: Path, mapped_blocks: int) -> Path:
     create_pool(
         pool,
         size_bytes=(2 * mapped_blocks + 1024) * BLOCK_BYTES,
-        metadata_bytes=max(64 << 20, 80 * mapped_blocks),
+        metadata_bytes=max(64 << 20, 160 * mapped_blocks),
     )
     opened = open_pool(PoolLocation.directory(pool))
     opened.create_device("big", mapped_blocks * BLOCK_BYTES)
