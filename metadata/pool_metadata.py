@@ -30,6 +30,7 @@ from .errors import (
     OutOfRange,
     ReadOnlyMetadata,
 )
+from .freeing import Freeing
 from .layout import (
     DATA_BLOCK_LIMIT,
     DEVICE_ID_LIMIT,
@@ -176,6 +177,11 @@ class PoolMetadata:
         return self._state.reserve
 
     @property
+    def metadata_kept(self) -> int:
+        """Free metadata blocks that additions leave beside that, for a removal, deletions and a rollback."""
+        return self._state.kept_from_additions()
+
+    @property
     def metadata_room(self) -> int:
         """Metadata blocks that operations which add something may still use; negative when none may."""
         return self._state.room
@@ -206,8 +212,10 @@ class PoolMetadata:
             DeviceRecord(device_id, 0, superblock.transaction_id, superblock.time, superblock.time)
         )
 
-    def create_snapshot(self, device_id: int, origin_id: int) -> None:
+    def create_snapshot(self, device_id: int, origin_id: int, *, replacing: bool = False) -> None:
         """Add a device sharing all mappings of another; the snapshot clock advances.
+
+        `replacing`: the caller deletes another device in the same transaction, so there is room when all else is full.
 
         Raises DeviceExists, NoSuchDevice, OutOfRange, ClockExhausted, MetadataFull.
         """
@@ -218,7 +226,7 @@ class PoolMetadata:
         time = superblock.time + 1
         if time >= TIME_LIMIT:
             raise ClockExhausted(superblock.time)
-        state.require_for_device()
+        state.require_for_device(replacing=replacing)
         state.mapping.copy(device_id, origin_id)
         state.superblock = replace(superblock, time=time)
         state.devices.set(replace(origin, snapshotted_time=time))
@@ -353,6 +361,10 @@ class PoolMetadata:
         """Mapped and exclusively held blocks; shared subtrees are skipped unread. Raises NoSuchDevice."""
         record = self._state.devices.get(device_id)
         return Usage(record.mapped_blocks, self._state.mapping.exclusive_blocks(device_id))
+
+    def freeing(self) -> Freeing:
+        """For finding out what deletions would free; nothing may change while it is in use."""
+        return Freeing(self._state)
 
     # Space
 

@@ -33,6 +33,7 @@ _OVERFLOW_PER_SHARED_NODE = 3
 _REMOVAL_BLOCKS = 48
 _DETAILS_PATH_BLOCKS = 6
 _TOP_LEVEL_BLOCKS = 8
+_DEVICE_BLOCKS = _TOP_LEVEL_BLOCKS + 2 * _OVERFLOW_PER_SHARED_NODE
 
 
 class PoolState:
@@ -128,20 +129,24 @@ class PoolState:
         Raises:
             MetadataFull: there may not be enough; nothing has been changed.
         """
-        self._require(blocks, self._kept_from_additions(), new_data_blocks)
+        self._require(blocks, self.kept_from_additions(), new_data_blocks)
 
     @property
     def room(self) -> int:
         """Blocks `require` can grant now, disregarding the bitmaps of new data blocks."""
-        return self.transaction.free_blocks - self.reserve - self._kept_from_additions()
+        return self.transaction.free_blocks - self.reserve - self.kept_from_additions()
 
-    def _kept_from_additions(self) -> int:
+    def kept_from_additions(self) -> int:
+        """Blocks that additions leave free beside the reserve: for a removal, two deletions and a rollback."""
         removal = min(_REMOVAL_BLOCKS, self.metadata_space.counts.blocks // 8)
         return removal + self._kept_for_deletion()
 
     def _kept_for_deletion(self) -> int:
-        # Twice: while a metadata snapshot is held, the first deletion's copies are not paid back by its commit.
-        return 2 * (self._deletion_blocks() + _DETAILS_PATH_BLOCKS)
+        # Twice: while a metadata snapshot is held, the first deletion's copies are not paid back by its commit. And a
+        # device more, which a rollback makes before it deletes.
+        return (
+            2 * (self._deletion_blocks() + _DETAILS_PATH_BLOCKS) + _DEVICE_BLOCKS + _OVERFLOW_PER_SHARED_NODE
+        )
 
     def require_for_insert(self, device_id: int, count: int, touched: tuple[int, int]) -> None:
         """Room for inserting `count` mappings into a device, `touched` as `MappingTree.touched_nodes` gives it."""
@@ -151,9 +156,17 @@ class PoolState:
         self.require(nodes + grown + _TOP_LEVEL_BLOCKS + _OVERFLOW_PER_SHARED_NODE * (shared + 1), count)
         self._shared_copies += shared
 
-    def require_for_device(self) -> None:
-        """Room for adding a device or snapshot."""
-        self.require(_TOP_LEVEL_BLOCKS + 2 * _OVERFLOW_PER_SHARED_NODE)
+    def require_for_device(self, *, replacing: bool = False) -> None:
+        """Room for adding a device or snapshot; `replacing`: another one is deleted in the same transaction.
+
+        A replacement adds nothing in the end, so it may take from what additions have to leave (a rollback must work
+        when the metadata is full).
+        """
+        if replacing:
+            deletion = self._deletion_blocks() + _DETAILS_PATH_BLOCKS + _OVERFLOW_PER_SHARED_NODE
+            self._require(_DEVICE_BLOCKS, deletion)
+        else:
+            self.require(_DEVICE_BLOCKS)
         self._shared_copies += 1
 
     def require_for_removal(self, device_id: int, begin: int, end: int) -> None:

@@ -25,6 +25,7 @@ from .handshake import ServerHandshake
 from .limits import Limits
 from .link import PlainLink
 from .payload_memory import PayloadMemory
+from .queued import QueuedMemory
 from .shared_loop import SharedLoop
 from .stalled import Parking
 from .terms import Terms
@@ -48,6 +49,7 @@ class Services:
     activity: Activity
     shared: SharedLoop
     memory: PayloadMemory
+    queued: QueuedMemory
     parking: Parking
     access: Access
     tls: ServerTls | None
@@ -254,11 +256,20 @@ class Connection:
                 spin_seconds=limits.spin_seconds,
                 read_max=terms.read_bytes_max,
             )
-        executor = Executor(link, terms, services.activity, services.memory, limits, pending=pending)
+        executor = Executor(
+            link,
+            terms,
+            services.activity,
+            services.memory,
+            limits,
+            pending=pending,
+            queued=services.queued,
+        )
         try:
             transmit(link, terms, executor, services.activity, limits, shared=services.shared)
             self._close_politely()
         finally:
+            executor.close()
             link.close()
 
     def _close_politely(self) -> None:

@@ -44,8 +44,26 @@ class Session(Protocol):
     def write(self, offset: int, data: memoryview, /) -> None:
         """Apply a write or a piece of one. The view is valid during the call only."""
 
-    def wait_for_space(self) -> bool:
-        """After `write` failed with ENOSPC: try to free blocks; whether another try may succeed. Lock not held."""
+    def wait_for_space(self, refused: OSError, tries: int, /) -> bool:
+        """After `write` failed with ENOSPC: try to free blocks; whether another try may succeed. Lock not held.
+
+        `tries` counts how often this was asked about this piece before; at some time the answer is no.
+        """
+
+    def may_wait(self, refused: OSError, since: float, /) -> bool:
+        """After that did not help either: whether the request waits for space, or is answered.
+
+        `since` is when the request was refused first, on the monotonic clock. Asked again after every further try.
+        """
+
+    def space_descriptor(self) -> int:
+        """Return a descriptor that is readable when what waits should be tried again, -1 where there is none."""
+
+    def space_seen(self) -> None:
+        """Make that descriptor unreadable until there is news; called before what waits is tried again."""
+
+    def space_no_longer_wanted(self) -> None:
+        """Nothing of this connection waits any more; the descriptor may go."""
 
     def flush(self) -> None:
         """Make durable everything that was replied to before on any connection of the export."""

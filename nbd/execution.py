@@ -4,10 +4,13 @@ In: one request at a time from the receive buffer, its payload however it arrive
 Out: plain READs and WRITEs (`transmission`), which request is legal (`validation`), how replies look
 (`replies`). A request is validated completely before its payload is applied, and a payload is always consumed
 before an error goes out, so the stream stays in step.
+
+While requests wait for space (`queued`), the connection stays here: one request at a time, until none waits.
 """
 
 import errno
 import mmap
+from time import monotonic
 
 from .activity import Activity
 from .block_status import FILTER_BYTES_MAX, BlockStatus, decode_filter
@@ -25,6 +28,7 @@ from .errors import (
 from .limits import KIB, Limits
 from .link import Link
 from .payload_memory import PayloadMemory
+from .queued import QueuedMemory, QueuedRequest, SpaceQueue
 from .reading import Reading
 from .replies import Replies
 from .terms import Terms
@@ -47,6 +51,7 @@ class Executor:
         limits: Limits,
         *,
         pending: bytes = b"",
+        queued: QueuedMemory | None = None,
     ) -> None:
         self.terms = terms
         self.replies = Replies(terms)
@@ -63,7 +68,10 @@ class Executor:
         self.have = len(pending)
         self._status = BlockStatus(terms, self.replies)
         self._reading = Reading(terms, self.replies, self.send, copies=link.copies)
-        self._writing = Writing(terms, memory, limits)
+        self._queue = SpaceQueue(
+            link, terms.session, activity, queued or QueuedMemory(limits.queued_bytes_max)
+        )
+        self._writing = Writing(terms, memory, limits, self._queue, activity)
         self.read = self._reading.copy_into if link.copies else terms.session.read
 
     def send(self, parts: list[Buffer]) -> None:
@@ -76,8 +84,17 @@ class Executor:
     def handle(self, pos: int, have: int, failure: OSError | None) -> tuple[int, int]:
         """Deal with the request at `pos` of the receive buffer; return the new bounds of what is in the buffer.
 
-        `failure` is set where the hot loop found the request in order and the device refused it.
+        `failure` is set where the hot loop found the request in order and the device refused it. Where the request has
+        to wait for space, those behind it are dealt with as well, until none waits any more.
         """
+        pos, have = self._handle(pos, have, failure)
+        return self._while_waiting(pos, have) if self._queue.requests else (pos, have)
+
+    def close(self) -> None:
+        """The connection has ended: nothing that waits can be answered any more."""
+        self._queue.close()
+
+    def _handle(self, pos: int, have: int, failure: OSError | None) -> tuple[int, int]:
         magic, *fields = self._head.unpack_from(self.buffer, pos)
         request = Request(*fields)
         flags, command, cookie, offset, length = request
@@ -132,19 +149,27 @@ class Executor:
                 return self._reading.reply(flags, cookie, offset, length)
             if command == Command.BLOCK_STATUS:
                 return self._block_status(request, payload)
-            self._modify(request, payload)
+            done = self._modify(request, payload)
         except OSError as error:
-            raise RequestError(
-                wire_errno(error, command, fast_only=fast_only), error.strerror or str(error)
-            ) from None
-        return self.replies.success(cookie, offset)
+            if command == Command.WRITE_ZEROES and not fast_only and self._may_wait(error):
+                done = not self._queue.put(request)  # no payload, so there is always room
+            else:
+                raise RequestError(
+                    wire_errno(error, command, fast_only=fast_only), error.strerror or str(error)
+                ) from None
+        return self.replies.success(cookie, offset) if done else None
 
-    def _modify(self, request: Request, payload: PayloadStream) -> None:
+    def _may_wait(self, error: OSError) -> bool:
+        return error.errno == errno.ENOSPC and self._session.may_wait(error, monotonic())
+
+    def _modify(self, request: Request, payload: PayloadStream) -> bool:
+        """Carry out what changes something; False where it was put aside to wait for space."""
         flags, command, _, offset, length = request
         session = self._session
         match command:
             case Command.WRITE:
-                self._writing.apply(offset, payload)
+                if not self._writing.apply(request, payload):
+                    return False
             case Command.TRIM if length:
                 session.trim(offset, length)
             case Command.WRITE_ZEROES if length:
@@ -158,11 +183,77 @@ class Executor:
                 session.cache(offset, length)
             case Command.FLUSH:
                 session.flush()
-                return
+                return True
             case _:
                 pass
         if flags & CommandFlag.FUA and command != Command.CACHE:
             session.flush()
+        return True
+
+    # --- while requests wait for space
+
+    def _while_waiting(self, pos: int, have: int) -> tuple[int, int]:
+        """Serve the connection one request at a time until nothing waits; return the bounds of the buffer."""
+        try:
+            while self._queue.requests:
+                if self._activity.stopping:
+                    self._answer_all(_LEAVING)
+                elif have - pos >= self._head.size:
+                    pos, have = self._handle(pos, have, None)
+                elif self._queue.news(receive=True):
+                    pos, have = self._receive(pos, have)
+                else:
+                    self._queue.try_again(self._attempt)
+        except (EndOfRequests, RemoteProtocolError):
+            # Every request is answered before the connection ends (doc/proto.md, NBD_CMD_DISC).
+            self._answer_all(RequestError(Errno.ENOSPC, "the client left before there was space"))
+            raise
+        finally:
+            self._session.space_no_longer_wanted()
+        return pos, have
+
+    def _receive(self, pos: int, have: int) -> tuple[int, int]:
+        """Take in more, at the front of the buffer if the head of a request would not fit behind."""
+        if pos + self._head.size > len(self.buffer):
+            self.view[: have - pos] = self.view[pos:have]
+            pos, have = 0, have - pos
+        try:
+            count = self._link.receive(self.view[have : pos + self._head.size])
+        except OSError as error:
+            raise ConnectionEnded from error
+        if not count:
+            raise ConnectionEnded
+        return pos, have + count
+
+    def _attempt(self, queued: QueuedRequest) -> bool:
+        """Try a request again; whether it has been answered."""
+        flags, command, cookie, offset, length = queued.request
+        try:
+            if command == Command.WRITE:
+                self._writing.apply_now(offset, queued.payload)
+            else:
+                self._session.zero(
+                    offset, length, keep_allocated=bool(flags & CommandFlag.NO_HOLE), fast_only=False
+                )
+            if flags & CommandFlag.FUA:
+                self._session.flush()
+            parts = self.replies.success(cookie, offset)
+        except OSError as error:
+            if error.errno == errno.ENOSPC and self._session.may_wait(error, queued.since):
+                return False
+            problem = RequestError(wire_errno(error, command), error.strerror or str(error))
+            parts = self.replies.error(cookie, offset, problem)
+        finally:
+            self._session.sent()
+        self.send(parts)
+        return True
+
+    def _answer_all(self, problem: RequestError) -> None:
+        def refuse(queued: QueuedRequest) -> bool:
+            self.send(self.replies.error(queued.request.cookie, queued.request.offset, problem))
+            return True
+
+        self._queue.try_again(refuse)
 
     def _block_status(self, request: Request, payload: PayloadStream) -> list[Buffer]:
         flags, _, cookie, offset, length = request

@@ -44,3 +44,5 @@ class Limits:
     """How long a reply may wait for the client before the server stops holding data blocks for it."""
     stalled_bytes_max: int = 256 * MIB
     """Reply bytes of all such clients together that are kept aside; beyond it they are disconnected."""
+    queued_bytes_max: int = 64 * MIB
+    """Payloads of all writes together that wait for space while their connections go on; more wait one a connection."""

@@ -33,6 +33,8 @@ class Link(Protocol):
     bytes; it calls `release` as soon as no buffer of the list is needed any longer. `fast_read_max` is the
     longest read whose data may be handed over in one list. `direct` is the socket, where the stream is nothing
     but that, so that the shared loop may use it; `token` then stands for the connection in `Activity.working`.
+    `descriptor` becomes readable when there is something to receive (-1 where there always is), except for what
+    `buffered` says is here already.
     """
 
     receive: Callable[[memoryview], int]
@@ -42,6 +44,10 @@ class Link(Protocol):
     copies: bool
     direct: socket.socket | None
     token: object
+    descriptor: int
+
+    def buffered(self) -> bool:
+        """Whether `receive` has bytes to give that `descriptor` does not tell of."""
 
     def finish(self, parts: Sequence[Buffer], sent: int, release: Callable[[], None]) -> None:
         """Send the rest; raises SendFault or OSError."""
@@ -67,6 +73,7 @@ class PlainLink:
         self.fast_read_max: int = read_max
         self.direct: socket.socket | None = sock
         self.token: object = self._waiting
+        self.descriptor: int = sock.fileno()
         self.send_some: Callable[[list[Buffer]], int] = sock.sendmsg
         self.receive: Callable[[memoryview], int] = self._waiting.receiver()
         self.gather: Callable[[memoryview], int] = self._waiting.gatherer()
@@ -74,6 +81,10 @@ class PlainLink:
     def close(self) -> None:
         """Take the connection out of the server's account; the socket is the caller's."""
         self._waiting.close()
+
+    def buffered(self) -> bool:
+        """Whether bytes were taken from the socket already: never."""
+        return False
 
     def finish(self, parts: Sequence[Buffer], sent: int, release: Callable[[], None]) -> None:
         """Send the rest of `parts` after `sent` bytes; raises SendFault or OSError."""

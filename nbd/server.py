@@ -23,6 +23,7 @@ from .limits import Limits
 from .listeners import Listener, adopted_socket, tcp_listeners, unix_listener
 from .log_limit import LogLimit
 from .payload_memory import PayloadMemory
+from .queued import QueuedMemory
 from .shared_loop import SharedLoop
 from .stalled import Parking
 from .tls import ServerTls
@@ -57,6 +58,7 @@ class Server:
             memory=PayloadMemory(
                 buffer_bytes=limits.whole_payload_bytes, total_bytes=limits.payload_memory_bytes
             ),
+            queued=QueuedMemory(limits.queued_bytes_max),
             parking=Parking(limits.stalled_bytes_max),
             access=access or OpenAccess(),
             tls=tls,

@@ -41,6 +41,7 @@ class TlsLink:
         self.token: object = self._waiting
         self._writable = select.poll()
         self._writable.register(sock, select.POLLOUT)
+        self.descriptor: int = sock.fileno()
         self.receive: Callable[[memoryview], int] = self._receive
         self.gather: Callable[[memoryview], int] = self._receive
         self.send_some: Callable[[list[Buffer]], int] = self._send_some
@@ -49,6 +50,10 @@ class TlsLink:
     def close(self) -> None:
         """Take the connection out of the server's account; the socket is the caller's."""
         self._waiting.close()
+
+    def buffered(self) -> bool:
+        """Whether decrypted bytes are waiting."""
+        return self._socket.pending() > 0
 
     def _receive(self, target: memoryview) -> int:
         recv_into, pending, readable = self._socket.recv_into, self._socket.pending, self._waiting.readable

@@ -24,7 +24,7 @@ import sqlite3
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .catalog_rows import (
@@ -168,19 +168,28 @@ class Catalog:
         """Change rows in one durable SQLite transaction. The order of the changes does not matter to names."""
         self._apply(changes, forget_staged=False)
 
-    def setting(self, key: str) -> str | None:
-        """Return a pool setting."""
+    def settings(self) -> dict[str, str]:
+        """Return all pool settings."""
         with self._failing(), self._lock:
-            row = self._connection.execute("SELECT value FROM setting WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
+            rows = self._connection.execute("SELECT key, value FROM setting").fetchall()
+        return {str(key): str(value) for key, value in rows}
+
+    def setting(self, key: str) -> str | None:
+        """Return one of them."""
+        return self.settings().get(key)
 
     def set_setting(self, key: str, value: str | None) -> None:
-        """Store a pool setting durably, or remove it with None."""
+        """Store one, or remove it with None."""
+        self.set_settings({key: value})
+
+    def set_settings(self, changes: Mapping[str, str | None]) -> None:
+        """Store pool settings durably, all of them or none; None removes one."""
         with self._transaction():
-            if value is None:
-                self._connection.execute("DELETE FROM setting WHERE key = ?", (key,))
-            else:
-                self._connection.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (key, value))
+            for key, value in changes.items():
+                if value is None:
+                    self._connection.execute("DELETE FROM setting WHERE key = ?", (key,))
+                else:
+                    self._connection.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (key, value))
 
     # --- inside ---
 

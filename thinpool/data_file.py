@@ -28,6 +28,7 @@ PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO_RANGE_KEEP_SIZE = 0x10 | 0x01  # FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY})
 ZERO_PIECE_BYTES = 1 << 20
+FREE_BYTES_UNKNOWN = 1 << 62
 
 Buffer = bytes | bytearray | memoryview
 
@@ -78,6 +79,16 @@ class DataFile:
     def allocated_bytes(self) -> int:
         """Bytes that the file system holds for the file (0 for a block device, which does not tell)."""
         return os.fstat(self.descriptor).st_blocks * 512
+
+    def disk_free_bytes(self) -> int:
+        """What the file system has left for this user; FREE_BYTES_UNKNOWN where there is none or it cannot tell."""
+        if self.is_block_device:
+            return FREE_BYTES_UNKNOWN
+        try:
+            figures = os.fstatvfs(self.descriptor)
+        except OSError:
+            return FREE_BYTES_UNKNOWN
+        return (figures.f_bfree if os.geteuid() == 0 else figures.f_bavail) * figures.f_frsize
 
     def _require(self, blocks: int) -> None:
         has_bytes, needs_bytes = self.size_bytes(), blocks * self.block_bytes

@@ -21,6 +21,7 @@ from .block_map import CHUNK_BLOCKS, MAPPED, TIME, UNMAPPED, BlockMap, Leaves, e
 from .delta import dirty_extents
 from .extents import HOLE, ExtentList
 from .free_map import zeroed_bits
+from .full_pool import NO_METADATA, NoFreeBlock
 from .session import Session
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ UNMAP_SLICE_BLOCKS = 1 << 20
 EXTENTS_MAX = 1 << 15
 NOTHING = memoryview(b"")
 COMPOSE_BYTES_MAX = 1 << 20
-# Metadata blocks that inserting into one chunk (512 blocks) may take at most: eight leaves and what is above them
-# shadowed, three overflow nodes for each of these that was shared, and the new leaves.
-CHUNK_COST_BLOCKS = 48
 
 
 class ThinDevice:
@@ -55,7 +53,9 @@ class ThinDevice:
         self.contexts: dict[
             str, int
         ] = {}  # dirty-bitmap context -> device id of the snapshot it compares with
-        self._charged: set[int] = set()
+        self.charged: set[int] = (
+            set()
+        )  # chunks whose insertion has metadata set aside; engine.charge_metadata
         self._sessions_lock = Lock()
         blocks = -(-size_bytes // self.block_bytes)
         self.block_map = BlockMap(blocks, self._load)
@@ -129,6 +129,7 @@ class ThinDevice:
         # for, or the commit would take the block for one that nobody came to use.
         with self.lock:
             if not self.pending:
+                self.charged.clear()
                 return
             listed, self.pending = self.pending, []
             keys, values = self.block_map.mapped(np.unique(np.array(listed, dtype=np.uint64)))
@@ -139,7 +140,7 @@ class ThinDevice:
                 except MetadataFull:
                     self.pending = listed
                     raise
-            self._charged.clear()
+            self.charged.clear()
 
     def refuse_writes(self) -> None:
         """After a failed commit: every write fails, those to blocks that are ours already too."""
@@ -158,6 +159,7 @@ class ThinDevice:
             if entry:
                 engine.data.write(((entry >> 24) - 1) * self.block_bytes + inside, data)
                 return entry
+            self._charge(index)
             block = engine.take_block()
             self._fill(block, self.block_map.entries[index], inside, data)
             return self._map(index, block)
@@ -171,6 +173,7 @@ class ThinDevice:
             entry = self._own(index)
             if entry:
                 return entry
+            self._charge(index)
             block = self.engine.take_block()
             self._fill(block, UNMAPPED, 0, NOTHING)
             return self._map(index, block)
@@ -194,12 +197,15 @@ class ThinDevice:
         entry = entry_of(block, self.engine.time)
         self.block_map.entries[index] = entry
         self.pending.append(index)
-        chunk = index // CHUNK_BLOCKS
-        if chunk not in self._charged:
-            self._charged.add(chunk)
-            self.engine.charge_metadata(CHUNK_COST_BLOCKS)
+        self._charge(index)
         self.engine.committer.touch()
         return entry
+
+    def _charge(self, index: int) -> None:
+        """Set metadata aside for the mapping of a block, before anything is done for it. Raises OSError(ENOSPC)."""
+        chunk = index // CHUNK_BLOCKS
+        if chunk not in self.charged and not self.engine.charge_metadata(self.charged, chunk):
+            raise NoFreeBlock(NO_METADATA)
 
     def _fill(self, block: int, old_entry: int, inside: int, data: memoryview) -> None:
         """Write the first content of a block: what was there before, overlaid with `data`."""
@@ -244,8 +250,9 @@ class ThinDevice:
             raise OSError(errno.EIO, str(error)) from error
         if len(ours):
             self.block_map.restamp(ours, self.engine.time)
-            self.pending.extend(ours.tolist())
-            self.engine.charge_metadata(CHUNK_COST_BLOCKS)
+            # Where there is no room the new time is known to us only: it is found again when the pool is opened next.
+            if self.engine.charge_metadata(self.charged, chunk):
+                self.pending.extend(ours.tolist())
 
     def sharing_changed(self) -> None:
         """A device was deleted: what looked shared may be exclusive now."""
@@ -321,17 +328,20 @@ class ThinDevice:
                 devices = (base, self.device_id)
                 return dirty_extents(self.engine.metadata, devices, self.block_bytes, offset, length)
 
-    def take_point_in_time(self, device_id: int, then: Callable[[], None] | None = None) -> None:
+    def take_point_in_time(
+        self, device_id: int, then: Callable[[], None] | None = None, *, replacing: bool = False
+    ) -> None:
         """Make device `device_id` a snapshot of this one as it is now; the transaction is held.
 
         Every write that was acknowledged is in it: sessions are held off between batches, their new mappings go
         into the tree, and from the same instant on older mappings count as shared. `then` is called at that instant.
+        `replacing`: another device is deleted in the same step.
         """
         engine = self.engine
         with self.quiet():
             self.apply_pending()
             with engine.changing_tree():
-                engine.metadata.create_snapshot(device_id, self.device_id)
+                engine.metadata.create_snapshot(device_id, self.device_id, replacing=replacing)
                 engine.time = engine.metadata.time
                 self.shared_before = engine.metadata.device(self.device_id).snapshotted_time
             self._judged.setall(0)

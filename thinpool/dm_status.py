@@ -2,7 +2,8 @@
 
 In: the `thin-pool` and `thin` status lines (drivers/md/dm-thin.c, pool_status and thin_status), for scripts and
 monitoring that know them. Out: figures for people (`status.py`). Fields that a table decides in the kernel say what we
-do: freed space is passed down to the data file, and a full pool answers with errors instead of queueing.
+do: freed space is passed down to the data file, and the policy at full is the one that holds now (after the time-out of
+queueing, as in the kernel, that is errors).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ RESERVE_BLOCKS_MAX = 4096
 # Below this many free metadata blocks it sends an event: 4 MiB or a quarter of the metadata.
 LOW_WATER_BLOCKS_MAX = 1024
 PASSED_DOWN = "discard_passdown"
-NOT_QUEUED = "error_if_no_space"
+WHEN_FULL = {True: "error_if_no_space", False: "queue_if_no_space"}
 MODES = {"rw": "rw", "out_of_data_space": "out_of_data_space"}
 
 
@@ -31,8 +32,13 @@ class DmDevice:
     size_bytes: int
 
 
-def pool_line(metadata: PoolMetadata, mode: str) -> str:
-    """The status of the pool, `mode` being one of `PoolStatus.mode`; all the kernel's read-only modes are "ro"."""
+def pool_line(metadata: PoolMetadata, mode: str, *, refuses: bool) -> str:
+    """The status of the pool, `mode` being one of `PoolStatus.mode`; all the kernel's read-only modes are "ro".
+
+    `refuses`: a write that finds no space fails at once.
+    """
+    if mode == "fail":
+        return f"0 {metadata.data_blocks * metadata.data_block_sectors} thin-pool Fail"
     total = metadata.metadata_blocks
     reserve = min(total // RESERVE_DIVISOR, RESERVE_BLOCKS_MAX)
     used = min(metadata.metadata_blocks_allocated + reserve, total)
@@ -44,7 +50,7 @@ def pool_line(metadata: PoolMetadata, mode: str) -> str:
         str(metadata.held_root or "-"),
         MODES.get(mode, "ro"),
         PASSED_DOWN,
-        NOT_QUEUED,
+        WHEN_FULL[refuses],
         "needs_check" if metadata.needs_check else "-",
         str(min(LOW_WATER_BLOCKS_MAX, total // 4)),
     )

@@ -32,13 +32,17 @@ from .data_file import DataFile
 from .device import ThinDevice
 from .errors import PoolPoisoned, PoolReadOnly
 from .free_map import FreeMap, anonymous_memory
+from .full_pool import NO_DATA, NO_JOURNAL, FullPool, NoFreeBlock
 from .mapping_journal import MappingJournal
 from .reclaim import UNPINNED, Reclaimer
 
 COUNTS_PIECE = 1 << 14
 ZERO_VIEW_BYTES = 64 << 20
-# Left alone beyond the metadata's own reserve: one removal and two deletions more.
-METADATA_SPARE_BLOCKS = 96
+# Metadata blocks that inserting into one chunk (512 blocks) may take at most: eight leaves and what is above them
+# shadowed, three overflow nodes for each of these that was shared, and the new leaves.
+CHUNK_COST_BLOCKS = 48
+# Left alone beyond what the metadata keeps for itself: paths of the top level and overflow nodes of one insertion.
+METADATA_SPARE_BLOCKS = 28
 READ_ONLY_REASON = "it was opened read-only, or needs a check first"
 
 Log = Callable[[str], None]
@@ -71,11 +75,17 @@ class Engine:
         self.tree = threading.RLock()
         self.devices: dict[int, ThinDevice] = {}
         self.failure: Exception | None = None
+        self.failed_for_good = False  # not even `needs_check` could be written
         self.free = FreeMap(metadata.unavailable_data(), self._scrub)
         self.reclaimer = Reclaimer(data, self.free, log)
         self.committer = Committer(self.commit_if_dirty, self.reclaim)
         self.journal = journal
+        # Asked for more space when all is taken, and told after commits that changed how full the pool is.
+        self.more_space: Callable[[], bool] = lambda: False
+        self.level_changed: Callable[[], None] = lambda: None
+        self.full = FullPool(log, data.disk_free_bytes)
         self._log = log
+        self._room_lock = threading.Lock()
         self._room_blocks = self._room()
 
     # --- opening and closing ---
@@ -194,8 +204,9 @@ class Engine:
         orphans = self._unreferenced(fresh)
         freed = orphans if report is None else np.union1d(report.freed_data, orphans)
         self.reclaimer.add(freed)
-        with self.tree:
-            self._room_blocks = self._room()
+        self._find_room()
+        self.tell_space()
+        self.level_changed()
         return report
 
     def _unreferenced(self, blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -224,6 +235,7 @@ class Engine:
                 self.metadata.set_needs_check(True)
                 self.metadata.commit()
         except (OSError, MetadataError) as second:
+            self.failed_for_good = True
             self._log(f"needs_check could not be recorded: {second}")
 
     def give_up(self, error: Exception) -> None:
@@ -243,60 +255,83 @@ class Engine:
         """Hand back freed blocks that no reader can see any more; none after the pool gave up."""
         if self.failure is not None:
             return 0
-        return self.reclaimer.run(self.oldest_pin)
+        returned = self.reclaimer.run(self.oldest_pin)
+        if returned:
+            self.tell_space()
+        return returned
+
+    def tell_space(self) -> None:
+        """After blocks or metadata became free: wake the writes that wait for it."""
+        if self._has_space():
+            self.full.space_came()
 
     def take_block(self) -> int:
         """A free data block that reads as zeros (or, where the file cannot punch, anything).
 
-        Raises OSError: ENOSPC when there is none or when the metadata has no room to map it, EIO when poisoned.
+        Raises OSError: ENOSPC when there is none, EIO when poisoned. Metadata to map it was set aside before.
         """
         if self.failure is not None:
             raise OSError(errno.EIO, "the pool is read-only after a failed commit")
-        if self._room_blocks <= 0:
-            raise OSError(errno.ENOSPC, "the metadata has no room for another mapping")
         if self.journal is not None and self.journal.full:
-            raise OSError(errno.ENOSPC, "the journal has no room for another mapping before a commit")
+            raise NoFreeBlock(NO_JOURNAL)
         block = self.free.allocate()
         if block < 0:
-            raise OSError(errno.ENOSPC, "no data block is free")
+            raise NoFreeBlock(NO_DATA)
         return block
 
     def _room(self) -> int:
         """Metadata blocks that new mappings may take, so that the commit that inserts them cannot run out."""
         metadata = self.metadata
         bitmaps = -(-metadata.data_blocks // 16320)
-        return metadata.metadata_blocks_free - metadata.metadata_reserve - bitmaps - METADATA_SPARE_BLOCKS
+        kept = metadata.metadata_reserve + metadata.metadata_kept + bitmaps + METADATA_SPARE_BLOCKS
+        return metadata.metadata_blocks_free - kept
 
-    def charge_metadata(self, blocks: int) -> None:
-        """Take `blocks` off the room there is; what is too much is given back when mappings reach the tree."""
-        self._room_blocks -= blocks
+    def _find_room(self) -> None:
+        """Replace the estimate by the truth, less what is set aside for mappings that are not in the tree yet."""
+        with self.tree:
+            room = self._room()
+        with self._room_lock:
+            charged = sum(len(device.charged) for device in self.devices.values())
+            self._room_blocks = room - charged * CHUNK_COST_BLOCKS
+
+    def charge_metadata(self, charged: set[int], chunk: int) -> bool:
+        """Set metadata aside for inserting into a chunk, and note it in `charged`. A device's lock is held.
+
+        False where there is not enough.
+        """
+        with self._room_lock:
+            if chunk not in charged:
+                if self._room_blocks < CHUNK_COST_BLOCKS:
+                    return False
+                charged.add(chunk)
+                self._room_blocks -= CHUNK_COST_BLOCKS
+            return True
 
     @property
     def can_map(self) -> bool:
         """Whether the metadata has room for more mappings."""
-        return self._room_blocks > 0
+        return self._room_blocks >= CHUNK_COST_BLOCKS
 
     def make_space(self) -> bool:
         """See whether there is a free block, and metadata to map it, after all.
 
         First the estimate of the metadata is replaced by the truth, then what was freed is committed and handed
-        back. Called with no session lock held and nothing pinned by the caller.
+        back, then the pool may grow by itself. Called with no session lock held and nothing pinned by the caller.
         """
         with self.transaction:
             if self.failure is not None or not self.writable:
                 return False
             self.collect()
-            with self.tree:
-                self._room_blocks = self._room()
+            self._find_room()
         if self._has_space():
             return True
         self.commit_if_dirty()
         self.reclaim()
-        return self._has_space()
+        return self._has_space() or (self.more_space() and self._has_space())
 
     def _has_space(self) -> bool:
         journal_full = self.journal is not None and self.journal.full
-        return self.free.free_blocks > 0 and self._room_blocks > 0 and not journal_full
+        return self.free.free_blocks > 0 and self.can_map and not journal_full
 
     def _scrub(self, first: int, count: int) -> None:
         offset, length = first * self.block_bytes, count * self.block_bytes
@@ -317,6 +352,7 @@ class Engine:
                 with device.quiet():
                     device.rebind()
             self.free.grow(blocks)
+            self.tell_space()
 
     def forget(self, device_id: int) -> None:
         """Drop the object of a device that is gone, and let the others look again who shares with whom."""

@@ -16,6 +16,7 @@ from typing import Any
 from .error_root import LEAVES, ExitCode, ThinPoolError
 from .pool_errors import (
     BadName,
+    BadSetting,
     BadSize,
     CatalogDamaged,
     CatalogFailed,
@@ -34,6 +35,7 @@ from .pool_errors import (
     NoSpace,
     NoSuchDevice,
     NotAPool,
+    OvercommitExceeded,
     PoolBusy,
     PoolDamaged,
     PoolExists,
@@ -41,6 +43,7 @@ from .pool_errors import (
     PoolPoisoned,
     PoolReadOnly,
     TargetInUse,
+    TooLittleFree,
 )
 from .service_errors import (
     AlreadyAttached,
@@ -96,6 +99,7 @@ __all__ = [
     "AttachFailed",
     "BadName",
     "BadRequest",
+    "BadSetting",
     "BadSize",
     "BadStoreUrl",
     "BaseMissing",
@@ -132,6 +136,7 @@ __all__ = [
     "NotAttached",
     "NotBeingPulled",
     "NotReceiving",
+    "OvercommitExceeded",
     "PartlyReceived",
     "PoolBusy",
     "PoolDamaged",
@@ -160,6 +165,7 @@ __all__ = [
     "TargetInUse",
     "ThinPoolError",
     "TokenInvalid",
+    "TooLittleFree",
     "ToolMissing",
     "WrongStoreKey",
     "from_json",

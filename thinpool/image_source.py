@@ -203,9 +203,23 @@ class SourceSession:
     def cache(self, offset: int, length: int) -> None:
         """The page cache does that by itself."""
 
-    def wait_for_space(self) -> bool:
-        """Nothing is written."""
+    def wait_for_space(self, refused: OSError, tries: int, /) -> bool:
+        """No space would help."""
         return False
+
+    def may_wait(self, refused: OSError, since: float, /) -> bool:
+        """Nothing is written here, so nothing waits."""
+        return False
+
+    def space_descriptor(self) -> int:
+        """There is no news of space."""
+        return -1
+
+    def space_seen(self) -> None:
+        """Nothing to do."""
+
+    def space_no_longer_wanted(self) -> None:
+        """Nothing to do."""
 
     def write(self, offset: int, data: memoryview, /) -> None:
         """Refuse; the server does so before."""

@@ -21,11 +21,12 @@ from metadata import FileStore, MetadataError, NotPoolMetadata, PoolMetadata, fo
 from .catalog import Catalog, CatalogEntry, Drop, Put
 from .content_identity import frozen_content_id, identity_of_unnamed
 from .data_file import DataFile
+from .description import METADATA_BLOCK_BYTES
 from .engine import Engine
 from .errors import BadSize, NotAPool, PoolDamaged, PoolExists, PoolNotFound
 from .lvm_names import read_names
 from .mapping_journal import Entry, MappingJournal, Witness, announce_replay, forget_journal, left_behind
-from .pool import METADATA_BLOCK_BYTES, Pool
+from .pool import Pool
 from .pool_location import PoolLocation
 from .pool_lock import PoolLock
 from .replay import EntriesUnfitError, replay

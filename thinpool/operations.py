@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .device_diff import DiffPage
     from .lazy_devices import PullRequest
     from .metadata_readers import MetadataReaders
-    from .status import DeviceInfo, PoolStatus
+    from .pool_settings import PoolSettings
+    from .status import DeviceInfo, PoolStatus, ReclaimInfo
     from .transfers import Transfers
 
 METADATA_BLOCK_BYTES = 4096
@@ -42,10 +43,12 @@ class OperatedPool(Protocol):
     catalog: Catalog
     metadata_readers: MetadataReaders
 
-    def create_device(self, name: str, size_bytes: int) -> DeviceInfo:
+    def create_device(self, name: str, size_bytes: int, *, force: bool = False) -> DeviceInfo:
         """Create an empty device."""
 
-    def create_snapshot(self, origin: str, name: str, *, read_only: bool = False) -> DeviceInfo:
+    def create_snapshot(
+        self, origin: str, name: str, *, read_only: bool = False, force: bool = False
+    ) -> DeviceInfo:
         """Snapshot a device."""
 
     def delete(self, name: str) -> None:
@@ -63,11 +66,25 @@ class OperatedPool(Protocol):
     def grow(self, size_bytes: int | None = None, metadata_bytes: int | None = None) -> PoolStatus:
         """Grow data or metadata or both."""
 
+    @property
+    def settings(self) -> PoolSettings:
+        """What holds."""
+
+    @property
+    def overrides(self) -> Mapping[str, str]:
+        """What the server was told to hold whatever is set."""
+
+    def change_settings(self, changes: Mapping[str, object]) -> PoolSettings:
+        """Set pool settings, or set them back to their defaults."""
+
     def commit(self) -> None:
         """Make everything durable."""
 
     def devices(self) -> list[DeviceInfo]:
         """Describe all devices, by name."""
+
+    def freeing(self) -> list[ReclaimInfo]:
+        """What deleting the snapshots would give back."""
 
     def status(self) -> PoolStatus:
         """Describe the pool."""
@@ -104,6 +121,7 @@ TEXT = Parameter((str,))
 SIZE = Parameter((int,))
 OPTIONAL_SIZE = Parameter((int, type(None)), required=False)
 FLAG = Parameter((bool,), required=False)
+OBJECT = Parameter((dict,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +134,13 @@ class Operation:
 
 
 def _create(pool: OperatedPool, given: Parameters) -> Result:
-    return {"device": pool.create_device(given["name"], given["size_bytes"]).to_json()}
+    made = pool.create_device(given["name"], given["size_bytes"], force=given.get("force", False))
+    return {"device": made.to_json()}
 
 
 def _snapshot(pool: OperatedPool, given: Parameters) -> Result:
-    made = pool.create_snapshot(given["origin"], given["name"], read_only=given.get("read_only", False))
+    read_only, force = given.get("read_only", False), given.get("force", False)
+    made = pool.create_snapshot(given["origin"], given["name"], read_only=read_only, force=force)
     return {"device": made.to_json()}
 
 
@@ -152,8 +172,26 @@ def _grow(pool: OperatedPool, given: Parameters) -> Result:
     return {"status": pool.grow(size_bytes, metadata_bytes).to_json()}
 
 
+def _set(pool: OperatedPool, given: Parameters) -> Result:
+    pool.change_settings(given["settings"])
+    return _get(pool, {})
+
+
+def _get(pool: OperatedPool, _: Parameters) -> Result:
+    settings = pool.settings.to_json()
+    return {
+        "settings": settings,
+        "set": sorted(pool.catalog.settings().keys() & settings.keys()),
+        "overridden": sorted(pool.overrides),
+    }
+
+
 def _status(pool: OperatedPool, _: Parameters) -> Result:
     return {"status": pool.status().to_json()}
+
+
+def _reclaim(pool: OperatedPool, _: Parameters) -> Result:
+    return {"snapshots": [info.to_json() for info in pool.freeing()]}
 
 
 def _dm_status(pool: OperatedPool, _: Parameters) -> Result:
@@ -194,8 +232,8 @@ def _commit(pool: OperatedPool, _: Parameters) -> Result:
 
 
 OPERATIONS: Mapping[str, Operation] = {
-    "create": Operation(_create, {"name": TEXT, "size_bytes": SIZE}),
-    "snapshot": Operation(_snapshot, {"origin": TEXT, "name": TEXT, "read_only": FLAG}),
+    "create": Operation(_create, {"name": TEXT, "size_bytes": SIZE, "force": FLAG}),
+    "snapshot": Operation(_snapshot, {"origin": TEXT, "name": TEXT, "read_only": FLAG, "force": FLAG}),
     "delete": Operation(_delete, {"name": TEXT}),
     "rename": Operation(_rename, {"old": TEXT, "new": TEXT}),
     "resize": Operation(_resize, {"name": TEXT, "size_bytes": SIZE, "shrink": FLAG}),
@@ -205,8 +243,11 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "grow": Operation(_grow, {"size_bytes": OPTIONAL_SIZE, "metadata_bytes": OPTIONAL_SIZE}),
     "receive-abort": Operation(_receive_abort, {"name": TEXT}),
+    "set": Operation(_set, {"settings": OBJECT}),
+    "get": Operation(_get, {}, looks_only=True),
     "commit": Operation(_commit, {}),
     "status": Operation(_status, {}, looks_only=True),
+    "reclaim": Operation(_reclaim, {}, looks_only=True),
     "dm-status": Operation(_dm_status, {}, looks_only=True),
     "list": Operation(_list, {}, looks_only=True),
     "pull": Operation(

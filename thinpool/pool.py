@@ -17,33 +17,47 @@ import datetime
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metadata import PoolMetadata
 
+from .admission import require_promise, require_space
 from .catalog import Catalog, CatalogEntry, Drop, Put
 from .content_identity import new_identity
+from .description import METADATA_BLOCK_BYTES, describe_device, describe_freeing, describe_pool, dm_lines
 from .device import ThinDevice
 from .device_diff import DiffPage, compare
-from .dm_status import DmDevice, device_line, pool_line
 from .engine import Engine
-from .errors import BadSize, DeviceExists, DeviceInUse, DeviceReceiving, NoSuchDevice, NotBeingPulled
+from .errors import (
+    BadSetting,
+    BadSize,
+    DeviceExists,
+    DeviceInUse,
+    DeviceReceiving,
+    NoSuchDevice,
+    NotBeingPulled,
+    TooLittleFree,
+)
+from .growth import Growth
 from .lazy_devices import LazyDevices, PullRequest, is_lazy
 from .metadata_readers import MetadataReaders
 from .names import check_name
 from .pool_location import PoolLocation
+from .pool_settings import PoolSettings, checked
 from .receiving_state import token_of
 from .session import Session
-from .status import DeviceInfo, PoolStatus
+from .status import DeviceInfo, PoolStatus, ReclaimInfo
 from .transfers import Transfers
+
+if TYPE_CHECKING:
+    from .space_watch import SpaceWatch
 
 DEVICE_ID_MAX = (1 << 24) - 1
 # The block map of a device is address space; this is what every 64-bit Linux gives.
 DEVICE_BYTES_MAX = 1 << 54
-METADATA_BLOCK_BYTES = 4096
 
 
 class Pool:
@@ -65,6 +79,11 @@ class Pool:
         self._held = held  # locks, released by closing
         self.transfers = Transfers(self)
         self._closed = False
+        self.overrides: Mapping[str, str] = {}
+        self.watch: SpaceWatch | None = None  # of a served pool
+        self.growth = Growth(self)
+        engine.more_space = self.growth.of_what_is_all_taken
+        self._configure()
 
     @property
     def writable(self) -> bool:
@@ -131,30 +150,57 @@ class Pool:
 
     # --- devices ---
 
-    def create_device(self, name: str, size_bytes: int) -> DeviceInfo:
-        """Create an empty device. Raises BadName, BadSize, DeviceExists, MetadataFull."""
+    def _admit(self, more_bytes: int, *, force: bool) -> None:
+        """Refuse another device where the pool is too full or promises too much. See `admission`."""
+        if force or not self.writable:
+            return
+        require_promise(self.settings, self.status(), more_bytes)
+        try:
+            require_space(self.settings, self.status())
+        except TooLittleFree as lacking:
+            if not self.growth.by_itself(data=lacking.what == "data", metadata=lacking.what == "metadata"):
+                raise
+            require_space(self.settings, self.status())
+
+    def create_device(self, name: str, size_bytes: int, *, force: bool = False) -> DeviceInfo:
+        """Create an empty device; `force` overrules the floors of free space and the overcommit limit.
+
+        Raises BadName, BadSize, DeviceExists, MetadataFull, TooLittleFree, OvercommitExceeded.
+        """
         _check_device_size(size_bytes)
         with self.engine.transaction:
-            self.create_entry(name, size_bytes, lambda entry: entry)
+            self.create_entry(name, size_bytes, lambda entry: entry, force=force)
             return self.info(name)
 
     def create_entry(
-        self, name: str, size_bytes: int, finished: Callable[[CatalogEntry], CatalogEntry]
+        self,
+        name: str,
+        size_bytes: int,
+        finished: Callable[[CatalogEntry], CatalogEntry],
+        *,
+        force: bool = False,
     ) -> CatalogEntry:
         """Create an empty device whose row `finished` completes. Raises as `create_device`."""
         _check_device_size(size_bytes)
         with self.engine.transaction:
             self._new_name(name)
+            self._admit(size_bytes, force=force)
             entry = finished(CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {}))
             with self._step([Put(entry)]), self.engine.changing_tree():
                 self._metadata.create_device(entry.device_id)
             return entry
 
-    def create_snapshot(self, origin: str, name: str, *, read_only: bool = False) -> DeviceInfo:
-        """Snapshot a device, in use or not. What was acknowledged before is in it; it never changes by itself."""
+    def create_snapshot(
+        self, origin: str, name: str, *, read_only: bool = False, force: bool = False
+    ) -> DeviceInfo:
+        """Snapshot a device, in use or not. What was acknowledged before is in it; it never changes by itself.
+
+        `force` and what is raised: as `create_device`.
+        """
         with self.engine.transaction:
             source = self._entry(origin)
             self._new_name(name)
+            self._admit(source.size_bytes, force=force)
             entry = CatalogEntry(self._new_id(), name, source.size_bytes, read_only, origin, time.time(), {})
             entry = replace(entry, content_id=source.content_id or new_identity())
             entry, fork = self.lazy.forked(source, entry)
@@ -221,6 +267,8 @@ class Pool:
                         f"is less than the present {entry.size_bytes} bytes; shrinking needs --shrink",
                     )
                 self._require_idle(entry)
+            else:
+                require_promise(self.settings, self.status(), size_bytes - entry.size_bytes)
             self.set_size(entry, size_bytes)
             return self.info(name)
 
@@ -293,7 +341,7 @@ class Pool:
             # In a transaction of its own there is always room for the deletion.
             self.engine.commit()
             with self._step([*changes, Put(fresh)]):
-                self._device(source).take_point_in_time(fresh.device_id)
+                self._device(source).take_point_in_time(fresh.device_id, replacing=keep is False)
                 if keep is False:
                     self._replace_tree(entry)
             self.engine.forget(entry.device_id)
@@ -420,55 +468,14 @@ class Pool:
         device = self.engine.devices.get(entry.device_id)
         if device is not None and self.writable:
             device.apply_pending()
-        with self.engine.tree:
-            usage = self._metadata.usage(entry.device_id)
-        created = datetime.datetime.fromtimestamp(entry.created, datetime.UTC)
-        return DeviceInfo(
-            name=entry.name,
-            device_id=entry.device_id,
-            size_bytes=entry.size_bytes,
-            mapped_bytes=usage.mapped_blocks * self.block_bytes,
-            exclusive_bytes=usage.exclusive_blocks * self.block_bytes,
-            shared_bytes=(usage.mapped_blocks - usage.exclusive_blocks) * self.block_bytes,
-            origin=entry.origin,
-            created=created.isoformat(timespec="seconds"),
-            read_only=entry.read_only,
-            open_count=len(device.sessions) if device is not None else 0,
-            uuid=entry.uuid,
-            content_id=entry.content_id,
-            receiving=entry.receiving is not None,
-            remote_bytes=self.lazy.remote_bytes(entry),
-            resume_token=token_of(entry.receiving),
-        )
+        return describe_device(self.engine, entry, self.lazy.remote_bytes(entry), token_of(entry.receiving))
 
     def status(self) -> PoolStatus:
         """The pool as data."""
         with self.engine.transaction:
-            engine, metadata = self.engine, self._metadata
             if self.writable:
-                engine.collect()
-            entries = self.catalog.entries()
-            used = metadata.data_blocks_allocated
-            return PoolStatus(
-                location=str(self.location),
-                mode=self._mode(),
-                needs_check=metadata.needs_check,
-                block_bytes=self.block_bytes,
-                data_bytes=metadata.data_blocks * self.block_bytes,
-                data_used_bytes=used * self.block_bytes,
-                data_free_bytes=(metadata.data_blocks - used) * self.block_bytes,
-                data_reclaiming_bytes=engine.reclaimer.waiting_blocks * self.block_bytes,
-                file_bytes=engine.data.allocated_bytes(),
-                metadata_bytes=metadata.metadata_blocks * METADATA_BLOCK_BYTES,
-                metadata_used_bytes=metadata.metadata_blocks_allocated * METADATA_BLOCK_BYTES,
-                metadata_free_bytes=metadata.metadata_blocks_free * METADATA_BLOCK_BYTES,
-                transaction_id=metadata.transaction_id,
-                time=metadata.time,
-                held_root=metadata.held_root,
-                devices=len(entries),
-                virtual_bytes=sum(entry.size_bytes for entry in entries),
-                failure=None if engine.failure is None else str(engine.failure),
-            )
+                self.engine.collect()
+            return describe_pool(self)
 
     def begin_pull(self, request: PullRequest) -> dict[str, Any]:
         """Begin to pull a snapshot from an object store, or go on. Raises DeviceExists, the store's errors."""
@@ -509,22 +516,40 @@ class Pool:
         with self.engine.transaction:
             if self.writable:
                 self.engine.commit_if_dirty()  # as the kernel does
-            entries = sorted(self.catalog.entries(), key=lambda entry: entry.name)
-            pool_name = "pool" if self.location.root is None else self.location.root.absolute().name
-            with self.engine.tree:
-                lines = [f"{pool_name}: {pool_line(self._metadata, self._mode())}"]
-                for entry in entries:
-                    device = DmDevice(entry.name, entry.device_id, entry.size_bytes)
-                    lines.append(f"{entry.name}: {device_line(self._metadata, device)}")
-            return lines
+            return dm_lines(self)
 
-    def _mode(self) -> str:
-        changeable = self.engine.writable or (self.only_looking and not self._metadata.needs_check)
-        if self.engine.failure is not None or not changeable:
-            return "read_only"
-        if self._metadata.data_blocks_allocated >= self._metadata.data_blocks:
-            return "out_of_data_space"
-        return "rw" if self.engine.can_map else "out_of_metadata_space"
+    def freeing(self) -> list[ReclaimInfo]:
+        """What deleting the snapshots would give back: each alone, and together with all older ones; oldest first."""
+        with self.engine.transaction:
+            if self.writable:
+                self.engine.collect()
+            return describe_freeing(self.engine, self.catalog.entries())
+
+    # --- settings ---
+
+    def change_settings(self, changes: Mapping[str, object]) -> PoolSettings:
+        """Set pool settings, durably; None sets one back to its default. Raises BadSetting, with nothing changed."""
+        texts = checked(changes)
+        with self.engine.transaction:
+            self.engine.require_writable()
+            if texts and not self.location.has_catalog:
+                name, text = next(iter(texts.items()))
+                raise BadSetting(
+                    name, text or "default", "a pool of two bare paths keeps none; give it to `serve --set`"
+                )
+            self.catalog.set_settings(texts)
+            self._configure()
+            return self.settings
+
+    def override_settings(self, overrides: Mapping[str, str]) -> None:
+        """Settings that hold for as long as this process has the pool, whatever is set."""
+        with self.engine.transaction:
+            self.overrides = dict(overrides)
+            self._configure()
+
+    def _configure(self) -> None:
+        self.settings = settings = PoolSettings.read({**self.catalog.settings(), **self.overrides})
+        self.engine.full.configure(settings.when_full, settings.queue_timeout)
 
 
 def _resized(entry: CatalogEntry, size_bytes: int) -> CatalogEntry:

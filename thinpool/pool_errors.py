@@ -85,6 +85,18 @@ class BadSize(ThinPoolError):
         return f"bad size {quoted(self.text)}: {self.reason}"
 
 
+@leaf(ExitCode.USAGE)
+class BadSetting(ThinPoolError):
+    """No such pool setting, or no such value of it; `reason` completes "NAME cannot be TEXT: "."""
+
+    name: str
+    text: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the setting {quoted(self.name)} cannot be {quoted(self.text)}: {escaped(self.reason)}"
+
+
 @leaf(ExitCode.CONFLICT)
 class PoolBusy(ThinPoolError):
     """Another process holds the pool. `pid` and `host` are 0 and "" where the holder left no note."""
@@ -202,6 +214,44 @@ class NoSpace(ThinPoolError):
         return (
             f"no space for {escaped(self.what)}: {iec(self.needed_bytes)} needed, {iec(self.free_bytes)} free; "
             "delete devices or grow the pool"
+        )
+
+
+@leaf(ExitCode.NO_SPACE)
+class TooLittleFree(ThinPoolError):
+    """A new device would come into a pool with less free than its settings ask for. `what`: data or metadata."""
+
+    what: str
+    free_bytes: int
+    size_bytes: int
+    floor_percent: int
+
+    def __str__(self) -> str:
+        percent = 100 * self.free_bytes / self.size_bytes if self.size_bytes else 0.0
+        option = "--metadata-size" if self.what == "metadata" else "--size"
+        return (
+            f"too little {self.what} is free for another device: {iec(self.free_bytes)} of {iec(self.size_bytes)} "
+            f"({percent:.1f} %), and min-free-{self.what} asks for {self.floor_percent} %; delete devices, enlarge the "
+            f"pool with `thinpool grow POOL {option} SIZE`, or do it all the same with --force"
+        )
+
+
+@leaf(ExitCode.NO_SPACE)
+class OvercommitExceeded(ThinPoolError):
+    """The devices would promise more than the pool's overcommit limit."""
+
+    promised_bytes: int
+    asked_bytes: int
+    limit_bytes: int
+    data_bytes: int
+    ratio: str
+
+    def __str__(self) -> str:
+        return (
+            f"the devices would exceed the overcommit limit: {iec(self.promised_bytes)} are promised, "
+            f"{iec(self.asked_bytes)} more asked for, and overcommit {escaped(self.ratio)} allows "
+            f"{iec(self.limit_bytes)} on {iec(self.data_bytes)} of data; delete devices, enlarge the pool, raise "
+            "the limit with `thinpool set POOL --overcommit RATIO`, or do it all the same with --force"
         )
 
 

@@ -35,3 +35,4 @@ class ServeSettings:
     connections_max: int | None = None
     listing: bool = True
     read_only: bool = False
+    overrides: Mapping[str, str] = field(default_factory=dict)  # pool settings for this server only

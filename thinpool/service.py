@@ -43,6 +43,7 @@ from .pool import Pool
 from .pool_access import BUSY_SECONDS, RETRY_SECONDS, PoolAccess, open_here
 from .pool_location import PoolLocation
 from .serve_settings import ServeSettings
+from .space_watch import SpaceWatch
 from .supervision import pid_file, tell_supervisor, when_parent_ends
 from .unix_sockets import ADDRESS_BYTES_MAX, listen
 
@@ -115,6 +116,10 @@ class Service:
         self.pool = open_for_service(settings.location, read_only=settings.read_only)
         self._closing.callback(self.pool.close)
         self._closing.callback(self.pool.lazy.stop_background)
+        self.pool.override_settings(settings.overrides)
+        watch = SpaceWatch(self.pool)
+        self._closing.callback(watch.close)
+        watch.start()
         if settings.default_export is not None and self.pool.catalog.by_name(settings.default_export) is None:
             raise NoSuchDevice(settings.default_export, self.pool_path)
         control = settings.location.control_path

@@ -12,15 +12,18 @@ session's lock and without anything pinned, so a snapshot and the reclaimer neve
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from metadata import MetadataError
+from metadata import MetadataError, MetadataFull
 from nbd.device import Buffer
 
 from .block_map import MAPPED, TIME
 from .errors import PoolPoisoned, PoolReadOnly
+from .full_pool import NoFreeBlock
 from .reclaim import UNPINNED
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ def io_error(error: Exception) -> OSError:
         return error
     if isinstance(error, PoolReadOnly):
         return OSError(errno.EPERM, str(error))
+    if isinstance(error, MetadataFull):
+        return OSError(errno.ENOSPC, str(error))
     return OSError(errno.EIO, str(error))
 
 
@@ -55,6 +60,7 @@ class Session:
         self.lock = Lock()
         self.pinned = UNPINNED
         self._engine = device.engine
+        self._space_descriptor = -1
         self._reclaimer = device.engine.reclaimer
         self.read, rebind_read = self._make_read()
         self.write = self._make_write()
@@ -217,12 +223,39 @@ class Session:
             self.leave()
             self.sent()
 
-    def wait_for_space(self) -> bool:
-        """After a write failed with ENOSPC and the replies before it went out: is it worth another try?"""
+    def wait_for_space(self, refused: OSError | None = None, tries: int = 0) -> bool:
+        """After a write failed with ENOSPC and the replies before it went out: is it worth another try?
+
+        Where it is the file system that is full, no block of ours helps, and looking for some once is enough.
+        """
+        if tries and not isinstance(refused, NoFreeBlock):
+            return False
         try:
             return self._engine.make_space()
         except (MetadataError, PoolPoisoned) as error:
             raise io_error(error) from error
+
+    def may_wait(self, refused: OSError, since: float) -> bool:
+        """After that try failed as well: may the request wait for space?"""
+        return self._engine.failure is None and self._engine.full.may_wait(refused, since)
+
+    def space_descriptor(self) -> int:
+        """Readable when waiting requests are worth another try; made when it is first asked for."""
+        if self._space_descriptor < 0:
+            self._space_descriptor = self._engine.full.attach()
+        return self._space_descriptor
+
+    def space_seen(self) -> None:
+        """Wait for the next news."""
+        if self._space_descriptor >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._space_descriptor)
+
+    def space_no_longer_wanted(self) -> None:
+        """Nothing waits any more."""
+        descriptor, self._space_descriptor = self._space_descriptor, -1
+        if descriptor >= 0:
+            self._engine.full.detach(descriptor)
 
     def flush(self) -> None:
         """Everything replied to before, on any connection, is durable on return. Raises OSError(EIO)."""
@@ -334,4 +367,5 @@ class Session:
     def close(self) -> None:
         """End the session. What it wrote stays; durability is the pool's business."""
         self.pinned = UNPINNED
+        self.space_no_longer_wanted()
         self.device.drop(self)

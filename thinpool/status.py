@@ -36,11 +36,31 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ReclaimInfo:
+    """What deleting one snapshot would free: alone, and together with all older ones (`together_bytes`)."""
+
+    name: str
+    created: str  # ISO 8601, UTC
+    origin: str | None  # None where that is gone
+    read_only: bool
+    open_count: int
+    alone_bytes: int
+    together_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat JSON object, sizes as integers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class PoolStatus:
     """One pool. `*_free_bytes` can be allocated now or after the next commit.
 
     `mode` is one of rw, out_of_data_space, out_of_metadata_space, read_only, fail (dm-thin's modes).
-    `file_bytes` is what the file system holds for the data file.
+    `file_bytes` is what the file system holds for the data file. `refusing` says that writes which need a new block
+    fail at once when there is none, by the policy `when_full` or because they have waited `queue_timeout_seconds`.
+    Rates are measured by a server (`watched`) and None until it has seen enough; `*_full_in_seconds` is None where the
+    rate is unknown or nothing grows.
     """
 
     location: str
@@ -61,6 +81,19 @@ class PoolStatus:
     devices: int
     virtual_bytes: int
     failure: str | None
+    when_full: str
+    queue_timeout_seconds: int
+    refusing: bool
+    waiting_connections: int
+    watched: bool
+    data_low_water_bytes: int | None
+    metadata_low_water_bytes: int | None
+    autogrow_limit_bytes: int
+    metadata_autogrow_limit_bytes: int
+    data_rate_bytes_per_second: float | None
+    data_full_in_seconds: float | None
+    metadata_rate_bytes_per_second: float | None
+    metadata_full_in_seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object, sizes as integers."""

@@ -1,7 +1,7 @@
 """How names, paths and sizes appear in sentences for people.
 
-In: escaping of anything a terminal or a log line would not survive, shortening of absurdly long names, IEC sizes.
-Out: the sentences themselves (`errors.py`, `cli/`) and the parsing of sizes (`units.py`).
+In: escaping of anything a terminal or a log line would not survive, shortening of absurdly long names, IEC sizes,
+times. Out: the sentences themselves (`errors.py`, `cli/`) and the parsing of sizes (`units.py`).
 
 Names come from command lines and from the network, so they may hold control characters, newlines or bytes that
 are no UTF-8 (which Python carries as surrogates U+DC80..U+DCFF). Nothing here raises, whatever it is given.
@@ -62,3 +62,18 @@ def iec(size_bytes: int) -> str:
         value = size / (1 << (10 * exponent))
     number = f"{value:.2f}".rstrip("0").rstrip(".") if exponent else str(size)
     return f"{sign}{number} {IEC_UNITS[exponent]}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: 3 h 20 min, 45 s, 12 d 4 h; years without anything behind."""
+    whole = max(round(seconds), 0)
+    if whole >= 365 * 86400:
+        return f"{whole // (365 * 86400)} years"
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for index, (name, size) in enumerate(units):
+        if whole >= size:
+            rest = whole % size
+            if index + 1 < len(units) and rest >= units[index + 1][1]:
+                return f"{whole // size} {name} {rest // units[index + 1][1]} {units[index + 1][0]}"
+            return f"{whole // size} {name}"
+    return "0 s"

@@ -41,6 +41,7 @@ class MemoryDevice:
         self.log: list[tuple[object, ...]] | None = [] if record else None
         self.fail: dict[str, OSError] = {}
         self.slow: dict[str, float] = {}
+        self.waits = False  # whether a write that fails with ENOSPC waits for space
         self.sessions: list[MemorySession] = []
         self.lock = threading.Lock()
         self.open_error: OSError | None = None
@@ -119,8 +120,20 @@ class MemorySession:
         for block in range(offset // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1):
             device.kinds[block] = 1
 
-    def wait_for_space(self) -> bool:
+    def wait_for_space(self, refused: OSError, tries: int) -> bool:
         return False
+
+    def may_wait(self, refused: OSError, since: float) -> bool:
+        return self.device.waits and refused.errno == errno.ENOSPC
+
+    def space_descriptor(self) -> int:
+        return -1
+
+    def space_seen(self) -> None:
+        pass
+
+    def space_no_longer_wanted(self) -> None:
+        pass
 
     def flush(self) -> None:
         self._note("flush", inside=False)

@@ -45,6 +45,7 @@ class ScriptedLink:
     """Satisfies `nbd.link.Link`."""
 
     copies = False
+    descriptor = -1
 
     def __init__(
         self, data: bytes | Iterable[bytes], *, take_max: int = 1 << 30, fault_at: int | None = None
@@ -59,6 +60,9 @@ class ScriptedLink:
         self.receive = self._receive
         self.gather = self._receive
         self.send_some = self._send_some
+
+    def buffered(self) -> bool:
+        return True
 
     def _receive(self, target: memoryview) -> int:
         self.on_receive()

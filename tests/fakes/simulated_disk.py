@@ -180,6 +180,8 @@ class SimulatedDisk:
         with self._in_place():
             location: object = self.location
             pool = opening._open_locked(location, _NoLock(), read_only)  # type: ignore[arg-type]
+        pool.override_settings({"metadata-autogrow-limit": "off", "min-free-metadata": "off"})
+        pool.engine.full.configure("error", 0)  # one thread: nobody could make space for a write that waits
         pool.engine.committer.start = lambda: None  # type: ignore[method-assign]
         pool._lengthen_metadata = self._lengthen_metadata  # type: ignore[method-assign]
         return pool

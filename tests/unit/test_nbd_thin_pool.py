@@ -34,6 +34,7 @@ class Pool:
 
     def start(self) -> None:
         self.pool = open_pool(self.location)
+        self.pool.override_settings({"when-full": "error"})
         self.server = Server(PoolExports(self.pool))
         self.server.listen_unix(self.socket)
         self.server.start()

@@ -24,6 +24,8 @@ COMMANDS = {
     "init": "pool",
     "status": "pool",
     "grow": "pool",
+    "set": "settings",
+    "get": "settings",
     "create": "devices",
     "list": "devices",
     "snapshot": "devices",

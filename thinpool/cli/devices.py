@@ -26,6 +26,9 @@ COLUMNS = (
     Column("MODE"),
     Column("OPEN", figures=True),
 )
+force_option = click.option(
+    "--force", is_flag=True, help="Overrule the pool's min-free settings and its overcommit limit."
+)
 disconnect_option = click.option(
     "--disconnect", is_flag=True, help="Drop clients that are connected, instead of refusing."
 )
@@ -59,11 +62,12 @@ def _report(result: dict[str, Any], sentence: str, *, as_json: bool) -> None:
 @click.option(
     "--size", type=SIZE, required=True, help="Size of the device, e.g. 10G. It may exceed the pool's."
 )
+@force_option
 @json_option
 @pool_command("NAME")
-def create_command(location: PoolLocation, *, name: str, size: int, as_json: bool) -> None:
+def create_command(location: PoolLocation, *, name: str, size: int, force: bool, as_json: bool) -> None:
     """Create an empty device. It takes space as it is written."""
-    result = _operate(location, "create", {"name": name, "size_bytes": size})
+    result = _operate(location, "create", {"name": name, "size_bytes": size, "force": force})
     made = result["device"]
     _report(result, f"device {quoted(made['name'])} of {iec(made['size_bytes'])}", as_json=as_json)
 
@@ -126,17 +130,20 @@ def _row(device: Mapping[str, Any], *, exact: bool) -> list[str]:
     "  thinpool snapshot /srv/pool disk-monday disk-test",
 )
 @click.option("--read-only", is_flag=True, help="Nobody may write to the snapshot.")
+@force_option
 @json_option
 @pool_command("ORIGIN", "NAME")
 def snapshot_command(
-    location: PoolLocation, *, origin: str, name: str, read_only: bool, as_json: bool
+    location: PoolLocation, *, origin: str, name: str, read_only: bool, force: bool, as_json: bool
 ) -> None:
     """Snapshot a device, also while it is in use.
 
     Whatever was acknowledged to clients before is in it. A file system that is mounted is caught as by a power
     cut; `sync` (or fsfreeze) before makes it current.
     """
-    result = _operate(location, "snapshot", {"origin": origin, "name": name, "read_only": read_only})
+    result = _operate(
+        location, "snapshot", {"origin": origin, "name": name, "read_only": read_only, "force": force}
+    )
     _report(result, f"snapshot {quoted(name)} of {quoted(origin)}", as_json=as_json)
 
 

@@ -9,11 +9,11 @@ import click
 
 from thinpool.errors import PoolNotServed, ServerUnreachable
 from thinpool.pool_location import PoolLocation
-from thinpool.wording import iec, shown_path
+from thinpool.wording import duration, iec, shown_path
 
 from .arguments import SIZE, json_option, pool_command
 from .report import emit_json
-from .tables import print_pairs, size_text
+from .tables import Column, print_pairs, print_table, size_text
 
 
 @click.command(
@@ -64,17 +64,27 @@ def init_command(
 @click.command(
     "status",
     epilog="\b\nExamples:\n  thinpool status /srv/pool\n  thinpool status /srv/pool --json\n"
-    "  thinpool status /srv/pool --dm",
+    "  thinpool status /srv/pool --reclaim\n  thinpool status /srv/pool --dm",
 )
 @click.option("-b", "--bytes", "exact", is_flag=True, help="Print sizes in bytes.")
+@click.option("--reclaim", is_flag=True, help="Show what deleting snapshots would give back.")
 @click.option("--dm", "as_dm", is_flag=True, help="Print the lines `dmsetup status` would print.")
 @json_option
 @pool_command()
-def status_command(location: PoolLocation, *, exact: bool, as_dm: bool, as_json: bool) -> None:
-    """Show how full a pool is, its mode, and who serves it."""
+def status_command(location: PoolLocation, *, exact: bool, reclaim: bool, as_dm: bool, as_json: bool) -> None:
+    """Show how full a pool is, how long it lasts at the present rate, its mode, and who serves it.
+
+    The rate is that of the last ten minutes; a server measures it. With --reclaim: the snapshots, oldest first, with
+    what deleting each would free, alone and together with all above it. What several share is freed by the last.
+    """
     from thinpool.pool_access import PoolAccess
 
     access = PoolAccess(location)
+    if reclaim and as_dm:
+        raise click.UsageError(message="--reclaim and --dm exclude each other")
+    if reclaim:
+        _print_reclaim(access.operate("reclaim", {}), exact=exact, as_json=as_json)
+        return
     if as_dm:
         lines = access.operate("dm-status", {})["lines"]
         if as_json:
@@ -93,6 +103,73 @@ def status_command(location: PoolLocation, *, exact: bool, as_dm: bool, as_json:
         _print_status(status, server, exact=exact)
 
 
+RECLAIM_COLUMNS = (
+    Column("SNAPSHOT"),
+    Column("CREATED"),
+    Column("ORIGIN"),
+    Column("MODE"),
+    Column("OPEN", figures=True),
+    Column("ALONE", figures=True),
+    Column("WITH ALL ABOVE", figures=True),
+)
+
+
+def _print_reclaim(result: dict[str, Any], *, exact: bool, as_json: bool) -> None:
+    if as_json:
+        emit_json(result)
+        return
+    rows = [
+        (
+            snapshot["name"],
+            snapshot["created"],
+            snapshot["origin"] or "-",
+            "ro" if snapshot["read_only"] else "rw",
+            str(snapshot["open_count"]),
+            size_text(snapshot["alone_bytes"], exact=exact),
+            size_text(snapshot["together_bytes"], exact=exact),
+        )
+        for snapshot in result["snapshots"]
+    ]
+    print_table(RECLAIM_COLUMNS, rows)
+
+
+def _lasts(status: dict[str, Any], kind: str) -> str:
+    """How long a level lasts, in words."""
+    rate, full_in = status[f"{kind}_rate_bytes_per_second"], status[f"{kind}_full_in_seconds"]
+    if rate is None:
+        return "unknown yet" if status["watched"] else "unknown (measured while the pool is served)"
+    if full_in is None:
+        return "not growing"
+    return f"{duration(full_in)} at {iec(int(rate))}/s"
+
+
+def _marks(status: dict[str, Any], kind: str, limit_key: str, *, exact: bool) -> str:
+    """What happens on the way up."""
+    mark, limit, size = (
+        status[f"{kind}_low_water_bytes"],
+        int(status[limit_key]),
+        int(status[f"{kind}_bytes"]),
+    )
+    low = (
+        f"tells at {size_text(mark, exact=exact)}" if mark is not None else "does not tell before it is full"
+    )
+    if limit > size:
+        return f"{low}, grows by itself up to {size_text(limit, exact=exact)}"
+    return f"{low}, does not grow by itself"
+
+
+def _full_policy(status: dict[str, Any]) -> str:
+    seconds = int(status["queue_timeout_seconds"])
+    if status["when_full"] == "error":
+        return "writes that need space fail at once"
+    limit = f"up to {seconds} s" if seconds else "for ever"
+    text = f"writes that need space wait {limit}"
+    if status["refusing"]:
+        return text + "; that has passed, they fail now"
+    waiting = int(status["waiting_connections"])
+    return text + (f"; {waiting} connections wait now" if waiting else "")
+
+
 def _print_status(status: dict[str, Any], server: dict[str, Any] | None, *, exact: bool) -> None:
     def amount(kind: str) -> str:
         total, used = int(status[f"{kind}_bytes"]), int(status[f"{kind}_used_bytes"])
@@ -104,7 +181,12 @@ def _print_status(status: dict[str, Any], server: dict[str, Any] | None, *, exac
         ("pool", shown_path(status["location"])),
         ("mode", str(status["mode"]) + (" (needs check)" if status.get("needs_check") else "")),
         ("data", amount("data")),
+        ("data lasts", _lasts(status, "data")),
         ("metadata", amount("metadata")),
+        ("metadata lasts", _lasts(status, "metadata")),
+        ("low water", _marks(status, "data", "autogrow_limit_bytes", exact=exact)),
+        ("of metadata", _marks(status, "metadata", "metadata_autogrow_limit_bytes", exact=exact)),
+        ("when full", _full_policy(status)),
         ("block size", size_text(int(status["block_bytes"]), exact=exact)),
         (
             "devices",

@@ -43,6 +43,13 @@ LOG_NAME = "serve.log"
     "--listen", type=ENDPOINT, multiple=True, help="Also listen on TCP. May be given several times."
 )
 @click.option("--default-export", metavar="NAME", help="The device that clients get who name none.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SETTING=VALUE",
+    help="A setting of `thinpool set` for this server only. May be given several times.",
+)
 @click.option("--read-only", is_flag=True, help="Serve every device read-only.")
 @click.option("--detach", is_flag=True, help="Run in the background; returns when the server is ready.")
 @click.option("--pid-file", type=click.Path(path_type=Path), help="Write the process id there.")
@@ -146,7 +153,22 @@ def _settings(location: PoolLocation, options: dict[str, Any]) -> ServeSettings:
         socket_mode=options["socket_mode"],
         socket_owner=_owner(options["socket_owner"]),
         read_only=options["read_only"],
+        overrides=_overrides(options["overrides"]),
     )
+
+
+def _overrides(given: Sequence[str]) -> dict[str, str]:
+    """Settings NAME=VALUE as a table. Raises BadSetting, click.UsageError."""
+    from thinpool.pool_settings import checked
+
+    table = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.UsageError(message=f"--set {text!r} is not SETTING=VALUE")
+        table[name] = value
+    checked(table)
+    return table
 
 
 def _allowed(rules: Sequence[str]) -> dict[str, list[str]]:

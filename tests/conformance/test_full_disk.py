@@ -1,0 +1,179 @@
+"""A pool on a file system that is full, or that loses its end: a small tmpfs, real files, real connections."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbd.client import Client
+from nbd.constants import Command, Errno
+from nbd.errors import RemoteError
+from nbd.server import Server
+from nbd.uri import unix_uri
+from thinpool.errors import PoolReadOnly
+from thinpool.exports import PoolExports
+from thinpool.opening import create_pool, open_pool
+from thinpool.pool import Pool
+from thinpool.pool_location import PoolLocation
+
+BLOCK = 65536
+MIB = 1 << 20
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def small() -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for mounts")
+    with tempfile.TemporaryDirectory(prefix="small-") as folder:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", folder],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if mounted.returncode:
+            pytest.skip(f"machine: no tmpfs mounts: {mounted.stderr.strip()}")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+class Served:
+    """A pool and its server; the socket lies elsewhere than the pool."""
+
+    def __init__(self, pool: Pool, work: Path) -> None:
+        self.pool = pool
+        self.server = Server(PoolExports(pool))
+        self.server.listen_unix(work / "s")
+        self.server.start()
+        self.client = Client.connect(unix_uri(work / "s", "vol"), timeout_seconds=20)
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.shutdown(1)
+
+
+def stamped(index: int) -> bytes:
+    return index.to_bytes(8, "little") * (BLOCK // 8)
+
+
+def test_writes_wait_until_the_disk_has_room(small: Path, tmp_path: Path) -> None:
+    create_pool(small / "pool", size_bytes=64 * MIB)
+    # Only the data are on the small disk, as with a separate disk for metadata.
+    metadata = tmp_path / "metadata"
+    metadata.write_bytes((small / "pool" / "metadata").read_bytes())
+    (small / "pool" / "metadata").unlink()
+    pool = open_pool(PoolLocation.bare(metadata, small / "pool" / "data"))
+    pool.create_device("vol", 64 * MIB)
+    with tempfile.TemporaryDirectory(prefix="s-") as work:
+        served = Served(pool, Path(work))
+        try:
+            client, index = served.client, 0
+            while not pool.engine.full.waiting_sessions and index < 1000:
+                cookie = client.send_request(Command.WRITE, index * BLOCK, BLOCK, payload=stamped(index))
+                client.socket.settimeout(0.5)
+                try:
+                    assert client.reply_to(cookie).error == 0
+                except TimeoutError:
+                    break
+                index += 1
+            assert 60 <= index < 130
+            client.socket.settimeout(20)
+            assert client.read(0, BLOCK) == stamped(0)
+            assert pool.status().mode == "rw"  # it is the disk that is full
+            subprocess.run(["mount", "-o", "remount,size=16M", str(small)], check=True)
+            assert client.reply_to(cookie).error == 0
+            client.flush()
+            for number in range(index + 1):
+                assert client.read(number * BLOCK, BLOCK) == stamped(number)
+        finally:
+            served.close()
+            pool.close()
+
+
+def test_what_was_flushed_before_the_disk_was_full_is_there_afterwards(small: Path) -> None:
+    create_pool(small / "pool", size_bytes=64 * MIB)
+    pool = open_pool(PoolLocation.directory(small / "pool"))
+    pool.change_settings({"when-full": "error"})
+    pool.create_device("vol", 64 * MIB)
+    flushed, index = 0, 0
+    with tempfile.TemporaryDirectory(prefix="s-") as work:
+        served = Served(pool, Path(work))
+        try:
+            while index < 1000:
+                try:
+                    served.client.write(index * BLOCK, stamped(index))
+                    index += 1
+                    if index % 7 == 0:
+                        served.client.flush()
+                        flushed = index
+                except RemoteError as error:
+                    assert error.error in (Errno.ENOSPC, Errno.EIO)
+                    break
+            assert 50 < flushed <= index < 130
+            # The metadata are on the full disk as well: a commit may fail. Then the pool says so, and says so for good.
+            try:
+                served.client.flush()
+                flushed = index
+            except RemoteError:
+                assert pool.status().mode in ("read_only", "fail")
+                with pytest.raises(RemoteError):
+                    served.client.flush()
+            for number in range(flushed):
+                assert served.client.read(number * BLOCK, BLOCK) == stamped(number)
+        finally:
+            served.close()
+            with contextlib.suppress(OSError):
+                pool.close()
+    subprocess.run(["mount", "-o", "remount,size=16M", str(small)], check=True)
+    reopened = open_pool(PoolLocation.directory(small / "pool"))
+    session = reopened.open_session(reopened.catalog.by_name("vol"))  # type: ignore[arg-type]
+    for number in range(flushed):
+        assert session.read_bytes(number * BLOCK, BLOCK) == stamped(number)
+    session.close()
+    reopened.close()
+
+
+def test_a_data_file_that_is_cut_off_gives_errors_and_no_crash(tmp_path: Path) -> None:
+    create_pool(tmp_path / "pool", size_bytes=4 * MIB)
+    pool = open_pool(PoolLocation.directory(tmp_path / "pool"))
+    pool.create_device("vol", 4 * MIB)
+    with tempfile.TemporaryDirectory(prefix="s-") as work:
+        served = Served(pool, Path(work))
+        served.client.write(0, b"x" * (32 * BLOCK))
+        os.truncate(tmp_path / "pool" / "data", 4 * BLOCK)
+        assert served.client.read(0, BLOCK) == b"x" * BLOCK
+        with pytest.raises(RemoteError) as caught:
+            served.client.read(10 * BLOCK, BLOCK)
+        assert caught.value.error == Errno.EIO
+        assert served.client.read(0, BLOCK) == b"x" * BLOCK
+        served.close()
+        pool.close()
+
+
+def test_a_read_only_file_system_is_served_read_only_or_refused_in_words(small: Path) -> None:
+    create_pool(small / "pool", size_bytes=MIB)
+    pool = open_pool(PoolLocation.directory(small / "pool"))
+    pool.create_device("vol", MIB)
+    pool.close()
+    del pool
+    gc.collect()  # a memory map holds its file until it is collected
+    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        open_pool(PoolLocation.directory(small / "pool"))
+    pool = open_pool(PoolLocation.directory(small / "pool"), read_only=True)
+    assert pool.status().mode == "read_only"
+    with pytest.raises(PoolReadOnly):
+        pool.create_device("more", MIB)
+    pool.close()
