@@ -17,7 +17,8 @@ EXTENT_SHARED = 2  # mapped and shared with a snapshot: the first write needs a 
 
 
 class Session(Protocol):
-    """One connection on one export. All calls come from the connection's own thread.
+    """One connection on one export. All calls come from one thread at a time: the connection's own, or, for plain
+    batches, the one that connections share.
 
     `read`, `read_copy` and `write` are called between `enter` and `leave`, everything else outside.
     """
@@ -30,6 +31,12 @@ class Session(Protocol):
 
     def sent(self) -> None:
         """Unpin: no buffer handed out so far is in use any longer."""
+
+    def held_up(self) -> bool:
+        """Tell whether a batch begun now may have to wait for a lock held for long, or for a network. A hint.
+
+        Such batches are applied in the connection's own thread.
+        """
 
     def read(self, offset: int, length: int, parts: list[Buffer], /) -> int:
         """Append `memoryview`s that make up the range; return how many bytes of it are holes.

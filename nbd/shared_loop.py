@@ -6,7 +6,8 @@ interpreter lock to each other, several times a request. So a connection that is
 busy, lends itself to this loop: its own thread sleeps, and the loop, which sleeps in epoll(7) for all of them,
 receives, applies and answers (`Shift.turn`) whenever there is something. The loop never waits for a client nor for
 anything but the page cache: whatever is not plain, cannot be sent at once, or took long is the end of the stay, and
-the connection's own thread goes on from exactly there.
+the connection's own thread goes on from exactly there. So is a session that says it may have to wait
+(`Session.held_up`), because a snapshot is being taken of its device or its content comes over a network.
 
 A connection that turns out to be the only busy one is given back as well: alone, its own thread serves it better.
 """
@@ -59,18 +60,21 @@ class SharedLoop:
         """Call `turn` whenever the socket is readable, until it returns False or the server stops.
 
         `token` is what stands for the connection in the account of working connections; it is out of it meanwhile.
-        Blocks the caller, who owns the socket again afterwards.
+        Blocks the caller, who owns the socket again afterwards. Returns at once where the server is stopping or the
+        system has no thread or no watch on a descriptor to give.
         """
         member = _Member(turn, token)
         with self._lock:
-            if self._activity.stopping:
+            if self._activity.stopping or not self._started():
                 return
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="nbd-shared", daemon=True)
-                self._thread.start()
             self._members[descriptor] = member
             self._activity.working.discard(token)
-            self._epoll.register(descriptor, select.EPOLLIN)
+            try:
+                self._epoll.register(descriptor, select.EPOLLIN)
+            except OSError:
+                del self._members[descriptor]
+                self._activity.working.add(token)
+                return
         member.back.acquire()
 
     def close(self) -> None:
@@ -78,6 +82,16 @@ class SharedLoop:
         if self._thread is not None:
             self._thread.join()
         self._epoll.close()
+
+    def _started(self) -> bool:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="nbd-shared", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return False
+            self._thread = thread
+        return True
 
     def _give_back(self, descriptor: int) -> None:
         with self._lock:

@@ -25,6 +25,7 @@ class Shift:
 
     __slots__ = (
         "_apply",
+        "_held_up",
         "_loop",
         "_moved",
         "_sent",
@@ -54,6 +55,7 @@ class Shift:
         self._token = link.token
         self._view = executor.view
         self._sent = executor.terms.session.sent
+        self._held_up = executor.terms.session.held_up
         self._apply: Apply
 
     def stay(self, apply: "Apply") -> None:
@@ -65,7 +67,8 @@ class Shift:
         self.failure: OSError | None = None
         self.problem: Exception | None = None
         self.ended = False
-        self._loop.serve(self._socket.fileno(), self.turn, self._token)
+        if not self._held_up():
+            self._loop.serve(self._socket.fileno(), self.turn, self._token)
 
     def turn(self) -> bool:
         """Receive once, apply, answer. False where the connection's own thread has to go on."""
@@ -83,7 +86,9 @@ class Shift:
         return bool(got)
 
     def _answer(self) -> bool:
-        """Apply what has arrived and send the replies; False where they do not go out at once."""
+        """Apply what has arrived and send the replies; False where that may take long or they do not go out at once."""
+        if self._held_up():  # asked after the receive, which lets other threads run
+            return False
         parts: list[Buffer] = []
         self.first = self.pos
         self.pos, self.total, self.need, self.failure = self._apply(parts, self.pos, self.have)

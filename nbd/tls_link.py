@@ -37,6 +37,7 @@ class TlsLink:
     ) -> None:
         self._socket = sock
         self._release = release
+        self._ended = False
         self._waiting = Waiting(sock, activity, spin_seconds)
         self.token: object = self._waiting
         self._writable = select.poll()
@@ -52,10 +53,12 @@ class TlsLink:
         self._waiting.close()
 
     def buffered(self) -> bool:
-        """Whether decrypted bytes are waiting."""
-        return self._socket.pending() > 0
+        """Whether decrypted bytes are waiting, or the end."""
+        return self._ended or self._socket.pending() > 0
 
     def _receive(self, target: memoryview) -> int:
+        if self._ended:
+            return 0
         recv_into, pending, readable = self._socket.recv_into, self._socket.pending, self._waiting.readable
         if not pending():
             self._waiting.wait()
@@ -72,7 +75,11 @@ class TlsLink:
                 self._writable.poll()
                 continue
             count += got
-            if not got or len(target) - count < _RECORD_BYTES_MAX or not (pending() or readable()):
+            if not got:
+                # The client's farewell may come right behind data. TLS tells of it once; the socket stays silent.
+                self._ended = True
+                return count
+            if len(target) - count < _RECORD_BYTES_MAX or not (pending() or readable()):
                 return count
 
     def _send_some(self, parts: list[Buffer]) -> int:

@@ -156,6 +156,10 @@ class SourceSession:
     def leave(self) -> None:
         """See `enter`."""
 
+    def held_up(self) -> bool:
+        """Every read waits for those of other connections and for the disk."""
+        return True
+
     def sent(self) -> None:
         """See `enter`."""
 

@@ -31,6 +31,10 @@ class LazySession(Session):
         self._lazy = lazy
         super().__init__(device)
 
+    def held_up(self) -> bool:
+        """A read or write may have to wait for the store, until all is here."""
+        return not self._lazy.closed or super().held_up()
+
     def _fetched(self, offset: int, length: int) -> None:
         """Have the blocks of a range here; inside `enter` and `leave`."""
         begin, end = offset // self._lazy.block_bytes, -(-(offset + length) // self._lazy.block_bytes)

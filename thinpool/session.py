@@ -78,6 +78,10 @@ class Session:
         """End applying; buffers given out stay valid until `sent`."""
         self.lock.release()
 
+    def held_up(self) -> bool:
+        """Whether the device is held for a point in time: while a snapshot waits for the disk, say."""
+        return self.lock.locked()
+
     def sent(self) -> None:
         """The buffers given out are not in use any more."""
         self.pinned = UNPINNED

@@ -42,6 +42,7 @@ class MemoryDevice:
         self.fail: dict[str, OSError] = {}
         self.slow: dict[str, float] = {}
         self.waits = False  # whether a write that fails with ENOSPC waits for space
+        self.held_up = False  # whether batches had better not be applied in a shared thread
         self.sessions: list[MemorySession] = []
         self.lock = threading.Lock()
         self.open_error: OSError | None = None
@@ -86,6 +87,9 @@ class MemorySession:
 
     def leave(self) -> None:
         self.inside = False
+
+    def held_up(self) -> bool:
+        return self.device.held_up
 
     def sent(self) -> None:
         self.pinned = False

@@ -2,19 +2,26 @@
 
 import errno
 import random
+import socket
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
 
-from nbd import shared_loop, transmission
+from nbd import Server, shared_loop, transmission
 from nbd.activity import Activity
 from nbd.client import Client
 from nbd.errors import RemoteError
 from nbd.shared_loop import SharedLoop
+from nbd.uri import unix_uri
 from tests.fakes.memory_device import MemoryDevice, MemorySession
 from tests.fakes.nbd_server import Served, eventually, serving
+from thinpool.exports import PoolExports
+from thinpool.opening import create_pool, open_pool
+from thinpool.pool_location import PoolLocation
 
 MIB = 1 << 20
 
@@ -209,3 +216,100 @@ def test_a_stopping_server_takes_nobody_in() -> None:
     loop.serve(-1, lambda: True, object())  # returns at once
     loop.close()
     activity.close()
+
+
+@pytest.fixture
+def activity() -> Iterator[Activity]:
+    made = Activity()
+    yield made
+    made.close()
+
+
+def test_where_the_system_has_no_thread_for_the_loop_connections_keep_their_own(
+    activity: Activity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        message = "can't start new thread"
+        raise RuntimeError(message)
+
+    loop = SharedLoop(activity, 0.0)
+    token, (ours, theirs) = object(), socket.socketpair()
+    activity.working.add(token)
+    with ours, theirs:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refused)
+            for _ in range(2):
+                loop.serve(ours.fileno(), lambda: False, token)  # returns at once
+        assert token in activity.working
+        theirs.send(b"x")
+        loop.serve(ours.fileno(), lambda: False, token)  # later there is one
+    activity.stop()
+    loop.close()
+
+
+def test_a_descriptor_that_cannot_be_watched_stays_with_its_thread(
+    activity: Activity, tmp_path: Path
+) -> None:
+    """So it is where the user's epoll watches are used up. Nobody else's stay may end badly for it."""
+    loop = SharedLoop(activity, 0.0)
+    token, (ours, theirs) = object(), socket.socketpair()
+    activity.working.add(token)
+    with ours, theirs, (tmp_path / "file").open("wb") as unwatchable:
+        loop.serve(unwatchable.fileno(), lambda: True, token)
+        assert token in activity.working
+        guest = threading.Thread(target=loop.serve, args=(ours.fileno(), lambda: True, object()), daemon=True)
+        guest.start()
+        eventually(lambda: ours.fileno() in loop._members)
+        activity.stop()
+        guest.join(5)
+        assert not guest.is_alive()
+        loop.close()
+
+
+def test_a_snapshot_that_waits_for_a_disk_makes_its_own_device_wait_only(
+    watched: Watched, always: None
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="nbd-") as name:
+        folder = Path(name)
+        create_pool(folder / "pool", size_bytes=4 * MIB)
+        pool = open_pool(PoolLocation.directory(folder / "pool"))
+        for device in ("held", "other"):
+            pool.create_device(device, MIB)
+        server = Server(PoolExports(pool))
+        server.listen_unix(folder / "s")
+        server.start()
+        try:
+            with (
+                Client.connect(unix_uri(folder / "s", "held")) as held,
+                Client.connect(unix_uri(folder / "s", "other"), timeout_seconds=5.0) as other,
+            ):
+                held.write(0, b"x" * 512)
+                (device_held,) = (d for d in pool.engine.devices.values() if d.block_map.entries[0])
+                other.read(0, 512)
+                with device_held.quiet():
+                    before = watched.turns
+                    cookie = held.send_request(0, 0, 512)
+                    sleep(0.1)  # the loop has met the session that is held
+                    for _ in range(20):
+                        assert other.read(0, 512) == bytes(512)
+                    assert watched.turns > before + 20
+                assert held.reply_to(cookie).data == b"x" * 512
+        finally:
+            server.shutdown(1.0)
+            pool.close()
+
+
+def test_a_session_that_may_wait_is_left_to_its_own_thread(
+    served: Served, watched: Watched, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content of a device that is being pulled comes over a network."""
+    monkeypatch.setattr(transmission, "_BY_ITSELF_BATCHES", 1)
+    served.device().held_up = True
+    with served.client("disk") as client:
+        for _ in range(10):
+            assert client.read(0, 512) == bytes(512)
+        assert watched.turns == 0
+        served.device().held_up = False
+        for _ in range(10):
+            assert client.read(0, 512) == bytes(512)
+    assert watched.turns > 0

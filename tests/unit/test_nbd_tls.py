@@ -271,6 +271,31 @@ def test_shutdown_and_vanishing_clients_inside_tls(disk: MemoryDevice, certifica
         assert served.log == []
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_the_end_of_the_client_right_behind_a_request_is_not_lost(
+    disk: MemoryDevice, certificates: Path, version: ssl.TLSVersion
+) -> None:
+    """A client that closes its TLS direction and waits for the server's end of it, with its socket still open."""
+    context = client_context(certificates)
+    context.minimum_version = context.maximum_version = version
+    with serving([disk], tls=CertificateTls(certificates)) as served, connected(served) as client:
+        client.start_tls(context, "localhost")
+        client.go("disk")
+        disk.slow["read"] = 0.3
+        client.send_request(0, 0, 512)
+        eventually(lambda: disk.log)
+        client.send_request(0, 512, 512)  # these two are there together when the server looks again
+        client.socket.setblocking(False)
+        assert isinstance(client.socket, ssl.SSLSocket)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.socket.unwrap()
+        eventually(lambda: not served.server.connections(), 5.0)
+        assert [entry[:2] for entry in disk.log or [] if entry[0] == "read_copy"] == [
+            ("read_copy", 0),
+            ("read_copy", 512),
+        ]
+
+
 # --- pre-shared keys ---------------------------------------------------------------------------------------------------
 
 

@@ -165,7 +165,9 @@ def test_a_lazy_device_reads_writes_and_discards_like_a_whole_one(
     session.zero(MIB + 7, 4 * CHUNK_BYTES, keep_allocated=True, fast_only=False)
     model[MIB + 7 : MIB + 7 + 4 * CHUNK_BYTES] = bytes(4 * CHUNK_BYTES)
     assert content(session, 0, len(model)) == bytes(model)
+    assert session.held_up()  # connections that share a thread must not wait for a store in it
     complete(pool, "copy")
+    assert not session.held_up()
     assert content(session, 0, len(model)) == bytes(model)
 
 
