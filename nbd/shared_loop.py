@@ -30,11 +30,12 @@ _TURN_SECONDS_MAX = 1e-3
 class _Member:
     """A connection in the loop: what serves it, and what its own thread sleeps on."""
 
-    __slots__ = ("back", "token", "turn")
+    __slots__ = ("back", "slow", "token", "turn")
 
     def __init__(self, turn: Callable[[], bool], token: object) -> None:
         self.turn = turn
         self.token = token
+        self.slow = False
         self.back = threading.Lock()
         self.back.acquire()
 
@@ -56,8 +57,10 @@ class SharedLoop:
         working = self._activity.working
         return (len(working) >= _BUSY_MIN or self in working) and not self._activity.stopping
 
-    def serve(self, descriptor: int, turn: Callable[[], bool], token: object) -> None:
+    def serve(self, descriptor: int, turn: Callable[[], bool], token: object) -> bool:
         """Call `turn` whenever the socket is readable, until it returns False or the server stops.
+
+        Returns whether it ended because a turn waited for something.
 
         `token` is what stands for the connection in the account of working connections; it is out of it meanwhile.
         Blocks the caller, who owns the socket again afterwards. Returns at once where the server is stopping or the
@@ -66,7 +69,7 @@ class SharedLoop:
         member = _Member(turn, token)
         with self._lock:
             if self._activity.stopping or not self._started():
-                return
+                return False
             self._members[descriptor] = member
             self._activity.working.discard(token)
             try:
@@ -74,8 +77,9 @@ class SharedLoop:
             except OSError:
                 del self._members[descriptor]
                 self._activity.working.add(token)
-                return
+                return False
         member.back.acquire()
+        return member.slow
 
     def close(self) -> None:
         """Release what the loop holds; the server has stopped and no connection is left."""
@@ -124,7 +128,10 @@ class SharedLoop:
 
     def _turn(self, member: _Member) -> bool:
         began = monotonic()
-        return member.turn() and monotonic() - began < _TURN_SECONDS_MAX
+        if not member.turn():
+            return False
+        member.slow = monotonic() - began >= _TURN_SECONDS_MAX
+        return not member.slow
 
     def _wait(self) -> list[tuple[int, int]]:
         """Poll for a short time, where nobody else is at work, then sleep."""

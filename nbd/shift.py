@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 # Batches of more bytes, requests and replies together, are worth a thread: there is much to do before the next switch.
 TURN_BYTES_MAX = 16 * 1024
+# A stay that ends with a slow turn as early as this was ended by the disk, a later one may have waited for the
+# interpreter lock. Each such stay in a row doubles the time until the next one, up to 2 ** _SLOW_STAYS_MAX.
+_SHORT_STAY_TURNS = 16
+_SLOW_STAYS_MAX = 6
 
 
 class Shift:
@@ -20,7 +24,8 @@ class Shift:
 
     After a stay: `have` bytes are in the buffer, the next request begins at `pos` and the batch began at `first`;
     `parts` are replies of which `count` of `total` bytes have gone out, `problem` is what a turn raised; `need` and
-    `failure` are those of the hot loop. `ended` says that the client has closed its side.
+    `failure` are those of the hot loop. `ended`: the client has closed its side. `slow_stays`: how many stays in
+    a row were short because a turn waited: while a disk makes connections wait, they must not do it here in line.
     """
 
     __slots__ = (
@@ -31,6 +36,7 @@ class Shift:
         "_sent",
         "_socket",
         "_token",
+        "_turns",
         "_view",
         "count",
         "ended",
@@ -42,6 +48,7 @@ class Shift:
         "parts",
         "pos",
         "problem",
+        "slow_stays",
         "total",
         "wanted",
     )
@@ -49,6 +56,7 @@ class Shift:
     def __init__(self, loop: SharedLoop, link: Link, executor: "Executor", head: int) -> None:
         assert link.direct is not None
         self.head = head
+        self.slow_stays = 0
         self.wanted = loop.wanted
         self._loop = loop
         self._socket = link.direct
@@ -67,11 +75,16 @@ class Shift:
         self.failure: OSError | None = None
         self.problem: Exception | None = None
         self.ended = False
-        if not self._held_up():
-            self._loop.serve(self._socket.fileno(), self.turn, self._token)
+        self._turns = 0
+        slow = not self._held_up() and self._loop.serve(self._socket.fileno(), self.turn, self._token)
+        if slow and self._turns <= _SHORT_STAY_TURNS:
+            self.slow_stays = min(self.slow_stays + 1, _SLOW_STAYS_MAX)
+        else:
+            self.slow_stays = 0
 
     def turn(self) -> bool:
         """Receive once, apply, answer. False where the connection's own thread has to go on."""
+        self._turns += 1
         try:
             return self._receive() and self._answer() and self._make_room()
         except Exception as problem:  # raised again where it ends one connection and not the loop

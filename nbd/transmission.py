@@ -136,7 +136,7 @@ def _transmit(  # noqa: PLR0912, PLR0917 -- one loop, kept in one piece
             by_itself -= 1
         elif shift is not None and have == pos and moved <= TURN_BYTES_MAX and shift.wanted():
             pos, have, need = _stay(shift, apply, link, executor)
-            by_itself = _BY_ITSELF_BATCHES
+            by_itself = _BY_ITSELF_BATCHES << shift.slow_stays
             continue
         while need > have - pos:
             if pos:

@@ -34,9 +34,9 @@ class Watched:
         self.turns = 0
         serve, turn = SharedLoop.serve, SharedLoop._turn
 
-        def counted_serve(loop: SharedLoop, *arguments: object) -> None:
+        def counted_serve(loop: SharedLoop, *arguments: object) -> bool:
             self.stays += 1
-            serve(loop, *arguments)  # type: ignore[arg-type]
+            return serve(loop, *arguments)  # type: ignore[arg-type]
 
         def counted_turn(loop: SharedLoop, member: object) -> bool:
             self.turns += 1
@@ -154,6 +154,31 @@ def test_a_turn_that_waits_is_the_last_one(
         for _ in range(11):
             client.write(0, b"x" * 512)
     assert watched.turns <= 4  # a header alone is a turn of its own
+
+
+def test_connections_that_wait_for_a_disk_come_ever_more_rarely(
+    served: Served, watched: Watched, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a dozen of them would have the loop wait for their disk most of the time."""
+    monkeypatch.setattr(transmission, "_BY_ITSELF_BATCHES", 4)
+    disk = threading.Event()
+    write = MemorySession.write
+
+    def slow(session: MemorySession, offset: int, data: memoryview) -> None:
+        if not disk.is_set():
+            sleep(2 * shared_loop._TURN_SECONDS_MAX)
+        write(session, offset, data)
+
+    monkeypatch.setattr(MemorySession, "write", slow)
+    with served.client("disk") as client:
+        for _ in range(100):
+            client.write(0, b"x" * 512)
+        assert 2 <= watched.stays <= 6  # every fifth write would have been one
+        disk.set()
+        before = watched.turns
+        for _ in range(200):
+            client.write(0, b"x" * 512)
+        assert watched.turns > before + 50
 
 
 def test_a_reader_that_stops_does_not_stop_the_loop(served: Served, watched: Watched, always: None) -> None:
