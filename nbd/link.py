@@ -49,6 +49,9 @@ class Link(Protocol):
     def buffered(self) -> bool:
         """Whether `receive` has bytes to give that `descriptor` does not tell of."""
 
+    def arrived(self) -> bool:
+        """After `descriptor` was readable: whether `receive` would return at once now."""
+
     def finish(self, parts: Sequence[Buffer], sent: int, release: Callable[[], None]) -> None:
         """Send the rest; raises SendFault or OSError."""
 
@@ -85,6 +88,10 @@ class PlainLink:
     def buffered(self) -> bool:
         """Whether bytes were taken from the socket already: never."""
         return False
+
+    def arrived(self) -> bool:
+        """Whatever makes the socket readable is for `receive`."""
+        return True
 
     def finish(self, parts: Sequence[Buffer], sent: int, release: Callable[[], None]) -> None:
         """Send the rest of `parts` after `sent` bytes; raises SendFault or OSError."""

@@ -124,4 +124,7 @@ class SpaceQueue:
             return False
         if not receive and ready.get(link.descriptor, 0) & _GONE:
             raise ConnectionEnded
-        return at_once or link.descriptor in ready
+        try:
+            return at_once or (link.descriptor in ready and link.arrived())
+        except OSError as error:
+            raise ConnectionEnded from error

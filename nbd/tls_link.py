@@ -18,6 +18,7 @@ from .link import remainder
 from .waiting import Waiting
 
 _RECORD_BYTES_MAX = 16 * KIB  # RFC 8446, section 5.1
+_NOT_READING_MS = 100  # pause where the client must take something in first
 
 
 class TlsLink:
@@ -38,6 +39,7 @@ class TlsLink:
         self._socket = sock
         self._release = release
         self._ended = False
+        self._ahead = b""  # received by `arrived`
         self._waiting = Waiting(sock, activity, spin_seconds)
         self.token: object = self._waiting
         self._writable = select.poll()
@@ -54,9 +56,26 @@ class TlsLink:
 
     def buffered(self) -> bool:
         """Whether decrypted bytes are waiting, or the end."""
-        return self._ended or self._socket.pending() > 0
+        return self._ended or bool(self._ahead) or self._socket.pending() > 0
+
+    def arrived(self) -> bool:
+        """Receive what there is, which half a record or one without data is not."""
+        if not self.buffered():
+            try:
+                self._ahead = self._socket.recv(_RECORD_BYTES_MAX)
+                self._ended = not self._ahead
+            except ssl.SSLWantReadError:
+                return False
+            except ssl.SSLWantWriteError:
+                self._writable.poll(_NOT_READING_MS)
+                return False
+        return True
 
     def _receive(self, target: memoryview) -> int:
+        if self._ahead:
+            count = min(len(target), len(self._ahead))
+            target[:count], self._ahead = self._ahead[:count], self._ahead[count:]
+            return count
         if self._ended:
             return 0
         recv_into, pending, readable = self._socket.recv_into, self._socket.pending, self._waiting.readable

@@ -64,6 +64,9 @@ class ScriptedLink:
     def buffered(self) -> bool:
         return True
 
+    def arrived(self) -> bool:
+        return True
+
     def _receive(self, target: memoryview) -> int:
         self.on_receive()
         while self._input and not self._input[0]:

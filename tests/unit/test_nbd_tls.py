@@ -1,18 +1,20 @@
 """TLS on real connections: certificates, names, injection, pre-shared keys where Python can. Needs openssl once."""
 
 import contextlib
+import errno
 import itertools
 import shutil
 import socket
 import ssl
 import sys
 from pathlib import Path
+from time import sleep
 
 import pytest
 
 from nbd import AllowList, CertificateTls, Limits, PskTls, TlsUnavailable
 from nbd.client import Client, client_context
-from nbd.constants import Option, OptionReply
+from nbd.constants import Command, Option, OptionReply
 from nbd.errors import ConnectionEnded, OptionRefused, RemoteError
 from nbd.options import encode_export_query
 from nbd.tls import read_psk_file
@@ -269,6 +271,21 @@ def test_shutdown_and_vanishing_clients_inside_tls(disk: MemoryDevice, certifica
             idle.read(0, 1)
         idle.close()
         assert served.log == []
+
+
+def test_half_a_record_does_not_keep_writes_waiting_for_space(disk: MemoryDevice, certificates: Path) -> None:
+    """Nor one without data, such as a change of keys: the socket is readable and there is nothing to receive."""
+    disk.waits = True
+    with serving([disk], tls=CertificateTls(certificates)) as served, secured(served, certificates) as client:
+        disk.fail["write"] = OSError(errno.ENOSPC, "full")
+        cookie = client.send_request(Command.WRITE, 0, 4, payload=b"late")
+        eventually(lambda: sum(entry[0] == "write" for entry in disk.log or []) >= 2)
+        socket.socket.send(client.socket, b"\x17\x03\x03")  # past TLS: the begin of a record
+        sleep(0.1)
+        del disk.fail["write"]
+        client.socket.settimeout(5)
+        assert client.reply_to(cookie).error == 0
+        assert disk.data[:4] == b"late"
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
