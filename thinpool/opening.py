@@ -174,6 +174,8 @@ def _entries_left(location: PoolLocation) -> list[Entry]:
     try:
         with closing(Witness(location.metadata_path, location.data_path)) as witness:
             return left_behind(path, witness) if witness.usable else []
+    except FileNotFoundError:
+        return []  # what is missing is told by whoever opens it for use
     except OSError as error:
         log.warning("%s cannot be read, so nothing is taken from it: %s", path, error)
         return []

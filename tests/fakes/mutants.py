@@ -228,7 +228,7 @@ def metadata_changed_in_place() -> Iterator[None]:
 
 
 def snapshot_misses_new_mappings() -> AbstractContextManager[object]:
-    def take(self, device_id: int) -> None:  # noqa: ANN001
+    def take(self, device_id: int, then=None, *, replacing: bool = False) -> None:  # noqa: ANN001
         engine = self.engine
         with self.quiet():
             with engine.changing_tree():
@@ -244,9 +244,9 @@ def snapshot_misses_new_mappings() -> AbstractContextManager[object]:
 def origin_writes_into_its_snapshot() -> Iterator[None]:
     original = ThinDevice.take_point_in_time
 
-    def take(self, device_id: int) -> None:  # noqa: ANN001
+    def take(self, device_id: int, *arguments, **named) -> None:  # noqa: ANN001, ANN002, ANN003
         before = self.shared_before
-        original(self, device_id)
+        original(self, device_id, *arguments, **named)
         self.shared_before = before
 
     with _instead(ThinDevice, "take_point_in_time", take):

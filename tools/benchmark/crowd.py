@@ -41,7 +41,7 @@ def verified(server: OwnServer) -> list[str]:
     """200 connections, each writing and reading back its own megabyte; fio ends with an error for one wrong byte."""
     options = (
         *("--rw=randwrite", "--bs=4k", "--iodepth=4", f"--numjobs={CONNECTIONS}", "--offset_increment=1m"),
-        *("--verify=crc32c", "--do_verify=1", "--verify_fatal=1"),
+        *("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"),
     )
     before = server.usage().anonymous_bytes
     figures = clients.fio(server.uri, options, MIB, None)
