@@ -46,7 +46,7 @@ __all__ = ["Catalog", "CatalogEntry", "Change", "Drop", "Put"]
 
 MEMORY = ":memory:"
 APPLICATION_ID = 0x74686E70  # "thnp", in the SQLite header: file(1) and we tell it from other databases
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_TIMEOUT_SECONDS = 5.0
 HEADER = struct.Struct(
     ">68sI28x"
@@ -56,12 +56,12 @@ SCHEMA = """
 CREATE TABLE device (
     device_id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
     read_only INTEGER NOT NULL, origin TEXT, created REAL NOT NULL, tags TEXT NOT NULL,
-    uuid TEXT, content_id TEXT, receiving TEXT
+    uuid TEXT, content_id TEXT, receiving TEXT, reservation_bytes INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE staged (
     sequence INTEGER PRIMARY KEY, transaction_id TEXT NOT NULL, device_id INTEGER NOT NULL, dropped INTEGER NOT NULL,
     name TEXT, size_bytes INTEGER, read_only INTEGER, origin TEXT, created REAL, tags TEXT,
-    uuid TEXT, content_id TEXT, receiving TEXT
+    uuid TEXT, content_id TEXT, receiving TEXT, reservation_bytes INTEGER DEFAULT 0
 ) STRICT;
 CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
@@ -247,26 +247,34 @@ class Catalog:
         if found != "ok":
             raise CatalogDamaged(self._path, str(found))
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version == 1:
-            self._take_over_first_version()
+        if version in (1, 2):
+            self._take_over(version)
             version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise CatalogDamaged(self._path, f"its version is {version}, this program knows {SCHEMA_VERSION}")
 
-    def _take_over_first_version(self) -> None:
-        """Give the rows of version 1 identities, in one transaction: a kill leaves version 1 or version 2."""
+    def _take_over(self, version: int) -> None:
+        """Bring rows of an earlier version to this one, in one transaction: a kill leaves the one or the other."""
         with self._transaction():
-            for table in ("device", "staged"):
-                for column in ("uuid", "content_id", "receiving"):
-                    self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
-                rows = self._connection.execute(
-                    f"SELECT rowid, device_id, name, read_only, created FROM {table} WHERE name IS NOT NULL"  # noqa: S608
-                ).fetchall()
-                self._connection.executemany(
-                    f"UPDATE {table} SET uuid = ?, content_id = ? WHERE rowid = ?",  # noqa: S608
-                    [(*identities_of_first_version(row[1:]), row[0]) for row in rows],
-                )
+            if version == 1:
+                self._give_identities()
+            self._connection.execute(
+                "ALTER TABLE device ADD COLUMN reservation_bytes INTEGER NOT NULL DEFAULT 0"
+            )
+            self._connection.execute("ALTER TABLE staged ADD COLUMN reservation_bytes INTEGER DEFAULT 0")
             self._connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _give_identities(self) -> None:
+        for table in ("device", "staged"):
+            for column in ("uuid", "content_id", "receiving"):
+                self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
+            rows = self._connection.execute(
+                f"SELECT rowid, device_id, name, read_only, created FROM {table} WHERE name IS NOT NULL"  # noqa: S608
+            ).fetchall()
+            self._connection.executemany(
+                f"UPDATE {table} SET uuid = ?, content_id = ? WHERE rowid = ?",  # noqa: S608
+                [(*identities_of_first_version(row[1:]), row[0]) for row in rows],
+            )
 
     def _load(self) -> None:
         rows = self._connection.execute(f"SELECT {COLUMNS} FROM device").fetchall()  # noqa: S608

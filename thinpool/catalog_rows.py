@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 from .content_identity import derived_identity, frozen_content_id, new_identity
 
-COLUMNS = "device_id, name, size_bytes, read_only, origin, created, tags, uuid, content_id, receiving"
+COLUMNS = (
+    "device_id, name, size_bytes, read_only, origin, created, tags, uuid, content_id, receiving, "
+    "reservation_bytes"
+)
 COLUMNS_COUNT = COLUMNS.count(",") + 1
 CREATED_SECONDS_MAX = 253402300800  # the year 10000, where datetime ends
 
@@ -22,7 +25,8 @@ class CatalogEntry:
     """One device as the catalogue knows it. `origin` is a name; whoever renames puts the dependants anew as well.
 
     `content_id` is None where the content may have changed since it had one (`content_identity.py`). `receiving` is
-    None for every device that is whole; otherwise it is the JSON of how far receiving it got.
+    None for every device that is whole; otherwise it is the JSON of how far receiving it got. `reservation_bytes` are
+    set aside for the device (`reservations.py`), 0 for none.
     """
 
     device_id: int
@@ -35,6 +39,7 @@ class CatalogEntry:
     uuid: str = field(default_factory=new_identity)
     content_id: str | None = None
     receiving: str | None = None
+    reservation_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,7 @@ def row_of(entry: CatalogEntry) -> tuple[object, ...]:
         entry.uuid,
         entry.content_id,
         entry.receiving,
+        entry.reservation_bytes,
     )
 
 
@@ -86,10 +92,24 @@ def staged_row_of(transaction_id: int, change: Change) -> tuple[object, ...]:
 
 def entry_of(row: Sequence[object]) -> CatalogEntry:
     """Return the entry a row holds. Raises TypeError, ValueError for rows that make no sense."""
-    device_id, name, size_bytes, read_only, origin, created, tags, device_uuid, content_id, receiving = row
+    (
+        device_id,
+        name,
+        size_bytes,
+        read_only,
+        origin,
+        created,
+        tags,
+        device_uuid,
+        content_id,
+        receiving,
+        reserved,
+    ) = row
     decoded = json.loads(str(tags))
     if not isinstance(device_id, int) or not isinstance(size_bytes, int) or not isinstance(decoded, dict):
         raise TypeError("wrong column type")  # noqa: TRY003, EM101 -- becomes CatalogDamaged
+    if not isinstance(reserved, int) or not 0 <= reserved <= size_bytes:
+        raise ValueError("reservation out of range")  # noqa: TRY003, EM101 -- becomes CatalogDamaged
     created_seconds = float(created)  # type: ignore[arg-type]
     if not 0 <= device_id < 1 << 24 or size_bytes <= 0 or not 0 <= created_seconds < CREATED_SECONDS_MAX:
         raise ValueError("column out of range")  # noqa: TRY003, EM101 -- becomes CatalogDamaged
@@ -104,6 +124,7 @@ def entry_of(row: Sequence[object]) -> CatalogEntry:
         uuid=str(uuid.UUID(str(device_uuid))),
         content_id=None if content_id is None else str(uuid.UUID(str(content_id))),
         receiving=None if receiving is None else str(receiving),
+        reservation_bytes=reserved,
     )
 
 

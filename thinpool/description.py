@@ -46,6 +46,7 @@ def describe_device(
         receiving=entry.receiving is not None,
         remote_bytes=remote_bytes,
         resume_token=resume_token,
+        reservation_bytes=entry.reservation_bytes,
     )
 
 
@@ -90,6 +91,7 @@ def describe_pool(pool: Pool) -> PoolStatus:
         data_full_in_seconds=data.full_in,
         metadata_rate_bytes_per_second=of_metadata.rate,
         metadata_full_in_seconds=of_metadata.full_in,
+        data_reserved_bytes=engine.free.promised * pool.block_bytes,
     )
 
 

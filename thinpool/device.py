@@ -130,12 +130,13 @@ class ThinDevice:
         with self.lock:
             if not self.pending:
                 self.charged.clear()
+                self.engine.reservations.settle_nothing(self.device_id)
                 return
             listed, self.pending = self.pending, []
             keys, values = self.block_map.mapped(np.unique(np.array(listed, dtype=np.uint64)))
             if len(keys):
                 try:
-                    with self.engine.changing_tree():
+                    with self.engine.changing_tree(), self.engine.reservations.settling(self.device_id):
                         self.engine.metadata.insert(self.device_id, keys, values)
                 except MetadataFull:
                     self.pending = listed
@@ -160,7 +161,7 @@ class ThinDevice:
                 engine.data.write(((entry >> 24) - 1) * self.block_bytes + inside, data)
                 return entry
             self._charge(index)
-            block = engine.take_block()
+            block = engine.take_block(self.device_id)
             self._fill(block, self.block_map.entries[index], inside, data)
             return self._map(index, block)
 
@@ -174,7 +175,7 @@ class ThinDevice:
             if entry:
                 return entry
             self._charge(index)
-            block = self.engine.take_block()
+            block = self.engine.take_block(self.device_id)
             self._fill(block, UNMAPPED, 0, NOTHING)
             return self._map(index, block)
 
@@ -285,12 +286,12 @@ class ThinDevice:
         """Remove from the tree; returns how many mappings went."""
         engine = self.engine
         try:
-            with engine.changing_tree():
+            with engine.changing_tree(), engine.reservations.settling(self.device_id):
                 return engine.metadata.remove(self.device_id, begin, end)
         except MetadataFull:
             # Much was done in this transaction; in a new one there is room for a removal.
             engine.commit()
-            with engine.changing_tree():
+            with engine.changing_tree(), engine.reservations.settling(self.device_id):
                 return engine.metadata.remove(self.device_id, begin, end)
 
     # --- looking ---
@@ -335,12 +336,13 @@ class ThinDevice:
 
         Every write that was acknowledged is in it: sessions are held off between batches, their new mappings go
         into the tree, and from the same instant on older mappings count as shared. `then` is called at that instant.
-        `replacing`: another device is deleted in the same step.
+        `replacing`: another device is deleted in the same step. Raises ReservationNotCovered.
         """
         engine = self.engine
+        engine.reservations.cover_sharing(self.device_id)
         with self.quiet():
             self.apply_pending()
-            with engine.changing_tree():
+            with engine.reservations.sharing(self.device_id), engine.changing_tree():
                 engine.metadata.create_snapshot(device_id, self.device_id, replacing=replacing)
                 engine.time = engine.metadata.time
                 self.shared_before = engine.metadata.device(self.device_id).snapshotted_time

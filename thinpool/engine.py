@@ -32,9 +32,10 @@ from .data_file import DataFile
 from .device import ThinDevice
 from .errors import PoolPoisoned, PoolReadOnly
 from .free_map import FreeMap, anonymous_memory
-from .full_pool import NO_DATA, NO_JOURNAL, FullPool, NoFreeBlock
+from .full_pool import ALL_PROMISED, NO_DATA, NO_JOURNAL, FullPool, NoFreeBlock
 from .mapping_journal import MappingJournal
 from .reclaim import UNPINNED, Reclaimer
+from .reservations import Reservations
 
 COUNTS_PIECE = 1 << 14
 ZERO_VIEW_BYTES = 64 << 20
@@ -78,6 +79,7 @@ class Engine:
         self.failed_for_good = False  # not even `needs_check` could be written
         self.free = FreeMap(metadata.unavailable_data(), self._scrub)
         self.reclaimer = Reclaimer(data, self.free, log)
+        self.reservations = Reservations(self)
         self.committer = Committer(self.commit_if_dirty, self.reclaim)
         self.journal = journal
         # Asked for more space when all is taken, and told after commits that changed how full the pool is.
@@ -204,6 +206,7 @@ class Engine:
         orphans = self._unreferenced(fresh)
         freed = orphans if report is None else np.union1d(report.freed_data, orphans)
         self.reclaimer.add(freed)
+        self.reservations.changed()
         self._find_room()
         self.tell_space()
         self.level_changed()
@@ -264,9 +267,11 @@ class Engine:
         """After blocks or metadata became free: wake the writes that wait for it."""
         if self._has_space():
             self.full.space_came()
+        elif self.free.promised and self.free.free_blocks:
+            self.full.wake()  # what is promised to a device is for that device to find
 
-    def take_block(self) -> int:
-        """A free data block that reads as zeros (or, where the file cannot punch, anything).
+    def take_block(self, device_id: int) -> int:
+        """A free data block for a device, that reads as zeros (or, where the file cannot punch, anything).
 
         Raises OSError: ENOSPC when there is none, EIO when poisoned. Metadata to map it was set aside before.
         """
@@ -274,9 +279,9 @@ class Engine:
             raise OSError(errno.EIO, "the pool is read-only after a failed commit")
         if self.journal is not None and self.journal.full:
             raise NoFreeBlock(NO_JOURNAL)
-        block = self.free.allocate()
+        block = self.free.allocate(self.reservations.of(device_id))
         if block < 0:
-            raise NoFreeBlock(NO_DATA)
+            raise NoFreeBlock(ALL_PROMISED if self.free.free_blocks else NO_DATA)
         return block
 
     def _room(self) -> int:
@@ -312,26 +317,31 @@ class Engine:
         """Whether the metadata has room for more mappings."""
         return self._room_blocks >= CHUNK_COST_BLOCKS
 
-    def make_space(self) -> bool:
-        """See whether there is a free block, and metadata to map it, after all.
+    def make_space(self, device_id: int | None = None) -> bool:
+        """See whether there is a free block for a device, and metadata to map it, after all.
 
         First the estimate of the metadata is replaced by the truth, then what was freed is committed and handed
-        back, then the pool may grow by itself. Called with no session lock held and nothing pinned by the caller.
+        back, then it is counted what is promised to others, then the pool may grow by itself. Called with no session
+        lock held and nothing pinned by the caller.
         """
         with self.transaction:
             if self.failure is not None or not self.writable:
                 return False
             self.collect()
             self._find_room()
-        if self._has_space():
+        if self._has_space(device_id):
             return True
         self.commit_if_dirty()
         self.reclaim()
-        return self._has_space() or (self.more_space() and self._has_space())
+        if not self._has_space(device_id):
+            with self.transaction:
+                self.reservations.measure()
+        return self._has_space(device_id) or (self.more_space() and self._has_space(device_id))
 
-    def _has_space(self) -> bool:
+    def _has_space(self, device_id: int | None = None) -> bool:
         journal_full = self.journal is not None and self.journal.full
-        return self.free.free_blocks > 0 and self.can_map and not journal_full
+        claim = None if device_id is None else self.reservations.of(device_id)
+        return self.free.available_blocks(claim) > 0 and self.can_map and not journal_full
 
     def _scrub(self, first: int, count: int) -> None:
         offset, length = first * self.block_bytes, count * self.block_bytes
@@ -357,5 +367,6 @@ class Engine:
     def forget(self, device_id: int) -> None:
         """Drop the object of a device that is gone, and let the others look again who shares with whom."""
         self.devices.pop(device_id, None)
+        self.reservations.changed(much=True)
         for device in self.devices.values():
             device.sharing_changed()

@@ -16,6 +16,7 @@ from typing import Any
 from .error_root import LEAVES, ExitCode, ThinPoolError
 from .pool_errors import (
     BadName,
+    BadReservation,
     BadSetting,
     BadSize,
     CatalogDamaged,
@@ -42,6 +43,7 @@ from .pool_errors import (
     PoolNotFound,
     PoolPoisoned,
     PoolReadOnly,
+    ReservationNotCovered,
     TargetInUse,
     TooLittleFree,
 )
@@ -99,6 +101,7 @@ __all__ = [
     "AttachFailed",
     "BadName",
     "BadRequest",
+    "BadReservation",
     "BadSetting",
     "BadSize",
     "BadStoreUrl",
@@ -147,6 +150,7 @@ __all__ = [
     "PoolReadOnly",
     "PoolServed",
     "RemoteFailure",
+    "ReservationNotCovered",
     "ResumeMismatch",
     "ServerStartFailed",
     "ServerStopping",

@@ -8,6 +8,9 @@ A block that is handed out reads as zeros. Freed blocks are punched before they 
 fall between a commit and its punches, and a pool written by the kernel has whatever it has. So a region of free
 blocks is *scrubbed* once per opening, before its first block goes out, rather than all at open: opening stays
 quick however large the pool is.
+
+Some free blocks may be promised to single devices (`reservations.py`). Handing out compares one integer for that: so
+many are promised, to all together.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from bitarray import bitarray
@@ -42,6 +46,28 @@ def zeroed_bits(count: int) -> bitarray:
     return bits
 
 
+@dataclass(slots=True)
+class Claim:
+    """What is set aside for one device, in blocks; changed under the allocator's lock only.
+
+    It may have `blocks` for itself. It has `settled` in the tree, at least, and took `fresh` since.
+    """
+
+    blocks: int = 0
+    settled: int = 0
+    fresh: int = 0
+
+    @property
+    def owned(self) -> int:
+        """Blocks the device has for itself, at least."""
+        return self.settled + self.fresh
+
+    @property
+    def left(self) -> int:
+        """Blocks that are promised to the device."""
+        return max(self.blocks - self.settled - self.fresh, 0)
+
+
 class FreeMap:
     """Allocator of data blocks. Thread-safe.
 
@@ -54,6 +80,7 @@ class FreeMap:
         self._scrub = scrub
         self._cursor = 0
         self._fresh: list[int] = []
+        self.promised = 0  # the sum of `left` of all claims
         self._install(unavailable)
 
     def _install(self, unavailable: bitarray) -> None:
@@ -69,12 +96,47 @@ class FreeMap:
         """Blocks that could be handed out now."""
         return self._free
 
-    def allocate(self) -> int:
-        """Take one block, next after the last one taken where that is free. Returns -1 when there is none.
+    def available_blocks(self, claim: Claim | None = None) -> int:
+        """Blocks that could be handed out now to a device with that claim; not below 0."""
+        with self._lock:
+            return max(self._free - self.promised + (claim.left if claim is not None else 0), 0)
 
-        Raises OSError when the block's region cannot be scrubbed; nothing is taken then.
+    def promise(
+        self, claim: Claim, blocks: int, owned: int, coming: Callable[[], int] | None = None
+    ) -> int | None:
+        """Set a claim to `blocks` of which the device has `owned`.
+
+        With `coming`, which tells how many blocks are about to be free, this is done only where it is covered;
+        otherwise nothing changes, and what could be promised to the device is returned.
         """
         with self._lock:
+            needed, left = max(blocks - owned, 0), claim.left
+            if coming is not None and needed:
+                # No block is counted twice: one that left those that are coming waits for our lock to be free.
+                for_it = self._free + coming() - (self.promised - left)
+                if needed > for_it:
+                    return max(for_it, 0)
+            self.promised += needed - left
+            claim.blocks, claim.settled, claim.fresh = blocks, owned, 0
+            return None
+
+    def settle(self, claim: Claim, change: int) -> None:
+        """What the device took is in the tree: it has `change` blocks more for itself there (or fewer) than before."""
+        with self._lock:
+            left = claim.left
+            claim.settled, claim.fresh = max(claim.settled + change, 0), 0
+            self.promised += claim.left - left
+
+    def allocate(self, claim: Claim | None = None) -> int:
+        """Take one block, next after the last one taken where that is free. Returns -1 when there is none.
+
+        What is promised to others than the taker counts as not there. Raises OSError when the block's region cannot
+        be scrubbed; nothing is taken then.
+        """
+        with self._lock:
+            left = claim.left if claim is not None else 0
+            if self._free <= self.promised - left:
+                return -1
             block = self._bits.find(0, self._cursor)
             if block < 0:
                 block = self._bits.find(0)
@@ -87,6 +149,9 @@ class FreeMap:
             self._cursor = block + 1
             self._free -= 1
             self._fresh.append(block)
+            if claim is not None:
+                claim.fresh += 1
+                self.promised -= left - claim.left
             return block
 
     def _scrub_region(self, region: int) -> None:

@@ -23,6 +23,7 @@ WhenFull = Literal["queue", "error"]
 QUEUE_TIMEOUT_SECONDS = 60  # no_space_timeout of drivers/md/dm-thin.c
 DISK_ROOM_BYTES_MIN = 1 << 20
 NO_DATA = "no data block is free"
+ALL_PROMISED = "every free data block is reserved for other devices"
 NO_METADATA = "the metadata has no room for another mapping"
 NO_JOURNAL = "the journal has no room for another mapping before a commit"
 

@@ -170,7 +170,7 @@ class LazyDevice:
         try:
             self._put(block, data)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self.device.engine.make_space():
+            if error.errno != errno.ENOSPC or not self.device.engine.make_space(self.device.device_id):
                 raise
             self._put(block, data)
 

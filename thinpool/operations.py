@@ -43,7 +43,9 @@ class OperatedPool(Protocol):
     catalog: Catalog
     metadata_readers: MetadataReaders
 
-    def create_device(self, name: str, size_bytes: int, *, force: bool = False) -> DeviceInfo:
+    def create_device(
+        self, name: str, size_bytes: int, *, force: bool = False, reservation_bytes: int = 0
+    ) -> DeviceInfo:
         """Create an empty device."""
 
     def create_snapshot(
@@ -59,6 +61,9 @@ class OperatedPool(Protocol):
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> DeviceInfo:
         """Change the size of a device."""
+
+    def reserve(self, name: str, reservation_bytes: int) -> DeviceInfo:
+        """Set data blocks aside for a device."""
 
     def rollback(self, name: str, snapshot: str, *, keep: str | bool | None = None) -> DeviceInfo:
         """Give a device the content of a snapshot."""
@@ -134,7 +139,8 @@ class Operation:
 
 
 def _create(pool: OperatedPool, given: Parameters) -> Result:
-    made = pool.create_device(given["name"], given["size_bytes"], force=given.get("force", False))
+    force, reserved = given.get("force", False), given.get("reservation_bytes", 0)
+    made = pool.create_device(given["name"], given["size_bytes"], force=force, reservation_bytes=reserved)
     return {"device": made.to_json()}
 
 
@@ -156,6 +162,10 @@ def _rename(pool: OperatedPool, given: Parameters) -> Result:
 def _resize(pool: OperatedPool, given: Parameters) -> Result:
     resized = pool.resize(given["name"], given["size_bytes"], shrink=given.get("shrink", False))
     return {"device": resized.to_json()}
+
+
+def _reserve(pool: OperatedPool, given: Parameters) -> Result:
+    return {"device": pool.reserve(given["name"], given["reservation_bytes"]).to_json()}
 
 
 def _rollback(pool: OperatedPool, given: Parameters) -> Result:
@@ -232,11 +242,20 @@ def _commit(pool: OperatedPool, _: Parameters) -> Result:
 
 
 OPERATIONS: Mapping[str, Operation] = {
-    "create": Operation(_create, {"name": TEXT, "size_bytes": SIZE, "force": FLAG}),
+    "create": Operation(
+        _create,
+        {
+            "name": TEXT,
+            "size_bytes": SIZE,
+            "force": FLAG,
+            "reservation_bytes": Parameter((int,), required=False),
+        },
+    ),
     "snapshot": Operation(_snapshot, {"origin": TEXT, "name": TEXT, "read_only": FLAG, "force": FLAG}),
     "delete": Operation(_delete, {"name": TEXT}),
     "rename": Operation(_rename, {"old": TEXT, "new": TEXT}),
     "resize": Operation(_resize, {"name": TEXT, "size_bytes": SIZE, "shrink": FLAG}),
+    "reserve": Operation(_reserve, {"name": TEXT, "reservation_bytes": SIZE}),
     "rollback": Operation(
         _rollback,
         {"name": TEXT, "snapshot": TEXT, "keep": Parameter((str, bool, type(None)), required=False)},

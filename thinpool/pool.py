@@ -13,7 +13,6 @@ refuses a pool whose id moved.
 
 from __future__ import annotations
 
-import datetime
 import os
 import stat
 import time
@@ -48,6 +47,8 @@ from .names import check_name
 from .pool_location import PoolLocation
 from .pool_settings import PoolSettings, checked
 from .receiving_state import token_of
+from .reserved_devices import ReservedDevices
+from .rollback import roll_back
 from .session import Session
 from .status import DeviceInfo, PoolStatus, ReclaimInfo
 from .transfers import Transfers
@@ -82,6 +83,7 @@ class Pool:
         self.overrides: Mapping[str, str] = {}
         self.watch: SpaceWatch | None = None  # of a served pool
         self.growth = Growth(self)
+        self.reserved = ReservedDevices(self)
         engine.more_space = self.growth.of_what_is_all_taken
         self._configure()
 
@@ -162,14 +164,20 @@ class Pool:
                 raise
             require_space(self.settings, self.status())
 
-    def create_device(self, name: str, size_bytes: int, *, force: bool = False) -> DeviceInfo:
+    def create_device(
+        self, name: str, size_bytes: int, *, force: bool = False, reservation_bytes: int = 0
+    ) -> DeviceInfo:
         """Create an empty device; `force` overrules the floors of free space and the overcommit limit.
 
-        Raises BadName, BadSize, DeviceExists, MetadataFull, TooLittleFree, OvercommitExceeded.
+        Raises BadName, BadSize, DeviceExists, MetadataFull, TooLittleFree, OvercommitExceeded, and as `reserve`.
         """
-        _check_device_size(size_bytes)
         with self.engine.transaction:
-            self.create_entry(name, size_bytes, lambda entry: entry, force=force)
+            self.create_entry(
+                name,
+                size_bytes,
+                lambda entry: replace(entry, reservation_bytes=reservation_bytes),
+                force=force,
+            )
             return self.info(name)
 
     def create_entry(
@@ -186,7 +194,7 @@ class Pool:
             self._new_name(name)
             self._admit(size_bytes, force=force)
             entry = finished(CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {}))
-            with self._step([Put(entry)]), self.engine.changing_tree():
+            with self.reserved.of_new(entry), self._step([Put(entry)]), self.engine.changing_tree():
                 self._metadata.create_device(entry.device_id)
             return entry
 
@@ -195,7 +203,7 @@ class Pool:
     ) -> DeviceInfo:
         """Snapshot a device, in use or not. What was acknowledged before is in it; it never changes by itself.
 
-        `force` and what is raised: as `create_device`.
+        `force` and what is raised: as `create_device`; ReservationNotCovered for the reservation of the origin.
         """
         with self.engine.transaction:
             source = self._entry(origin)
@@ -223,6 +231,7 @@ class Pool:
             self._step([Drop(entry.device_id), *self._reparented(entry.name, None)]),
         ):
             self._delete_tree(entry)
+        self.engine.reservations.drop(entry.device_id)
         self.engine.forget(entry.device_id)
         self.engine.reclaim()
 
@@ -233,14 +242,6 @@ class Pool:
         with self.engine.changing_tree():
             self._metadata.delete_device(entry.device_id)
 
-    def _replace_tree(self, entry: CatalogEntry) -> None:
-        """Delete a tree in a step that made another; a step half done must never be committed."""
-        try:
-            self._delete_tree(entry)
-        except Exception as error:
-            self.engine.poison(error)
-            raise
-
     def rename(self, old: str, new: str) -> DeviceInfo:
         """Rename a device; clients that have it open keep it."""
         with self.engine.transaction:
@@ -249,6 +250,16 @@ class Pool:
             self._new_name(new)
             self.catalog.apply([Put(replace(entry, name=new)), *self._reparented(old, new)])
             return self.info(new)
+
+    def reserve(self, name: str, reservation_bytes: int) -> DeviceInfo:
+        """Set data blocks aside so that a device can always have so many bytes for itself; 0 for none.
+
+        Raises BadReservation, ReservationNotCovered.
+        """
+        with self.engine.transaction:
+            self.engine.require_writable()
+            self.reserved.change(self._entry(name), reservation_bytes)
+            return self.info(name)
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> DeviceInfo:
         """Change a device's size. Clients see a larger size when they connect again.
@@ -287,9 +298,12 @@ class Pool:
         # What the last block holds past the new end stays: zeroing it now would not be one step with the new size.
         # `_lengthen` clears it before anybody can see it again.
         end = -(-size_bytes // self.block_bytes)
-        with self._step([Put(_resized(entry, size_bytes))]):
+        shorter = _resized(entry, size_bytes)
+        with self._step([Put(shorter)]):
             last = max(end, -(-entry.size_bytes // self.block_bytes))
             self._device(entry).unmap(end, last, with_the_step=True)
+        if entry.reservation_bytes:
+            self.reserved.cut(shorter)
 
     def _lengthen(self, entry: CatalogEntry, size_bytes: int) -> None:
         self._clear_past_end(entry)
@@ -316,43 +330,11 @@ class Pool:
         """Give `name` the content of `snapshot`, in one step; the snapshot stays.
 
         The prior state is kept as a snapshot called `keep`, or by a name made from the device's when None;
-        False throws it away. Raises DeviceInUse while clients have the device open.
+        False throws it away. Raises DeviceInUse while clients have the device open, ReservationNotCovered.
         """
         with self.engine.transaction:
-            entry, source = self._entry(name), self._entry(snapshot)
-            if entry.device_id == source.device_id:
-                raise DeviceExists(name)
-            self._require_idle(entry)
-            self.lazy.require_whole(entry)
-            self.lazy.require_whole(source)
-            fresh = CatalogEntry(
-                self._new_id(), name, source.size_bytes, entry.read_only, snapshot, entry.created, entry.tags
-            )
-            fresh = replace(fresh, uuid=entry.uuid, content_id=source.content_id)
-            changes: list[Put | Drop] = []
-            if keep is False:
-                changes = [Drop(entry.device_id), *self._reparented(name, name)]
-            else:
-                kept = keep if isinstance(keep, str) else self._kept_name(name)
-                self._new_name(kept)
-                content_id = entry.content_id or new_identity()
-                prior = replace(entry, name=kept, read_only=True, uuid=new_identity(), content_id=content_id)
-                changes = [Put(prior)]
-            # In a transaction of its own there is always room for the deletion.
-            self.engine.commit()
-            with self._step([*changes, Put(fresh)]):
-                self._device(source).take_point_in_time(fresh.device_id, replacing=keep is False)
-                if keep is False:
-                    self._replace_tree(entry)
-            self.engine.forget(entry.device_id)
-            self.engine.reclaim()
+            roll_back(self, name, snapshot, keep)
             return self.info(name)
-
-    def _kept_name(self, name: str) -> str:
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-        base = f"{name.encode()[:200].decode(errors='ignore')}-before-rollback-{stamp}"
-        candidates = (base, *(f"{base}-{number}" for number in range(2, 10_000)))
-        return next(candidate for candidate in candidates if self.catalog.by_name(candidate) is None)
 
     def _reparented(self, origin: str, new_origin: str | None) -> list[Put | Drop]:
         entries = self.catalog.entries()
@@ -475,6 +457,7 @@ class Pool:
         with self.engine.transaction:
             if self.writable:
                 self.engine.collect()
+            self.engine.reservations.measure()
             return describe_pool(self)
 
     def begin_pull(self, request: PullRequest) -> dict[str, Any]:
@@ -555,7 +538,9 @@ class Pool:
 def _resized(entry: CatalogEntry, size_bytes: int) -> CatalogEntry:
     if size_bytes == entry.size_bytes:
         return entry
-    return replace(entry, size_bytes=size_bytes, content_id=new_identity() if entry.read_only else None)
+    reserved = min(entry.reservation_bytes, size_bytes)
+    changed = replace(entry, size_bytes=size_bytes, reservation_bytes=reserved)
+    return replace(changed, content_id=new_identity() if entry.read_only else None)
 
 
 def _check_device_size(size_bytes: int) -> None:

@@ -256,6 +256,43 @@ class OvercommitExceeded(ThinPoolError):
 
 
 @leaf(ExitCode.NO_SPACE)
+class ReservationNotCovered(ThinPoolError):
+    """The pool has too little free to set blocks aside for a device. `sharing`: because of a snapshot of it."""
+
+    needed_bytes: int
+    free_bytes: int  # that is promised to no other device
+    promised_bytes: int  # to others
+    sharing: bool
+
+    def __str__(self) -> str:
+        if self.sharing:
+            what = "a snapshot shares all blocks of the device, so that its whole reservation must be set aside anew"
+        else:
+            what = "the reservation cannot be set aside"
+        others = f" besides {self.promised_bytes} bytes reserved for others" if self.promised_bytes else ""
+        return (
+            f"{what}: {self.needed_bytes} bytes are needed and {self.free_bytes} bytes are free{others}; delete "
+            "devices or snapshots, enlarge the pool with `thinpool grow POOL --size SIZE`, or lower a reservation with "
+            "`thinpool reserve POOL DEVICE SIZE`"
+        )
+
+
+@leaf(ExitCode.USAGE)
+class BadReservation(ThinPoolError):
+    """A device cannot have this reservation."""
+
+    name: str
+    reservation_bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{quoted(self.name)} cannot have a reservation of {self.reservation_bytes} bytes: "
+            f"{escaped(self.reason)}"
+        )
+
+
+@leaf(ExitCode.NO_SPACE)
 class MetadataSpace(ThinPoolError):
     """The metadata file is full."""
 

@@ -55,6 +55,10 @@ class Reclaimer:
     @property
     def waiting_blocks(self) -> int:
         """Blocks freed and not handed back yet."""
+        return self.waiting_count()
+
+    def waiting_count(self) -> int:
+        """The same, to be asked later."""
         with self._lock:
             return sum(len(blocks) for _, blocks in self._waiting)
 

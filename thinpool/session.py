@@ -235,7 +235,7 @@ class Session:
         if tries and not isinstance(refused, NoFreeBlock):
             return False
         try:
-            return self._engine.make_space()
+            return self._engine.make_space(self.device.device_id)
         except (MetadataError, PoolPoisoned) as error:
             raise io_error(error) from error
 

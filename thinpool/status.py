@@ -29,6 +29,7 @@ class DeviceInfo:
     receiving: bool
     resume_token: str | None = None
     remote_bytes: int = 0
+    reservation_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object, sizes as integers."""
@@ -60,7 +61,8 @@ class PoolStatus:
     `file_bytes` is what the file system holds for the data file. `refusing` says that writes which need a new block
     fail at once when there is none, by the policy `when_full` or because they have waited `queue_timeout_seconds`.
     Rates are measured by a server (`watched`) and None until it has seen enough; `*_full_in_seconds` is None where the
-    rate is unknown or nothing grows.
+    rate is unknown or nothing grows. `data_reserved_bytes` of what is free can be taken only by the devices that have a
+    reservation (`reservations.py`).
     """
 
     location: str
@@ -94,6 +96,7 @@ class PoolStatus:
     data_full_in_seconds: float | None
     metadata_rate_bytes_per_second: float | None
     metadata_full_in_seconds: float | None
+    data_reserved_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A flat JSON object, sizes as integers."""

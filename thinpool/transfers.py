@@ -33,6 +33,7 @@ from .errors import (
 )
 from .names import check_name
 from .receiving_state import ReceivingState
+from .rollback import replace_tree
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -228,8 +229,9 @@ class Transfers:
             else:
                 # In a transaction of its own there is always room for the deletion.
                 pool.engine.commit()
-                with pool._step([Drop(replaced.device_id), Put(whole)]):
-                    pool._replace_tree(replaced)
+                moving = pool.reserved.moving(replaced, whole, old_is_deleted=True)
+                with moving, pool._step([Drop(replaced.device_id), Put(whole)]):
+                    replace_tree(pool, replaced)
                 pool.engine.forget(replaced.device_id)
             pool.engine.forget(entry.device_id)
             pool.engine.reclaim()
@@ -250,6 +252,7 @@ class Transfers:
             origin=origin,
             uuid=entry.uuid if replaced is None else replaced.uuid,
             tags=entry.tags if replaced is None else replaced.tags,
+            reservation_bytes=0 if replaced is None else min(replaced.reservation_bytes, entry.size_bytes),
         )
 
     def abort(self, name: str) -> None:

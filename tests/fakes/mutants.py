@@ -406,7 +406,7 @@ def mapped_before_filled() -> AbstractContextManager[object]:
             if entry:
                 engine.data.write(((entry >> 24) - 1) * self.block_bytes + inside, data)
                 return entry
-            block, old = engine.take_block(), self.block_map.entries[index]
+            block, old = engine.take_block(self.device_id), self.block_map.entries[index]
             entry = self._map(index, block)
         self._fill(block, old, inside, data)
         return entry

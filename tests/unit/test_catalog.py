@@ -166,3 +166,28 @@ def test_how_far_receiving_got_is_kept(path: Path):
     catalog.stage(3, [Put(half)])
     catalog.close()
     assert reopened(path, 3) == [DISK, half]
+
+
+def test_a_catalogue_of_the_second_version_is_taken_over(tmp_path: Path):
+    path = tmp_path / "catalog"
+    first_version(path)
+    connection = sqlite3.connect(path)
+    for table in ("device", "staged"):
+        for column in ("uuid", "content_id", "receiving"):
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
+        connection.execute(f"UPDATE {table} SET uuid = ? WHERE name IS NOT NULL", (SNAP.uuid,))
+    connection.execute("PRAGMA user_version=2")
+    connection.commit()
+    connection.close()
+    before = path.read_bytes()
+    looked = Catalog.open(path, writable=False)
+    assert [entry.reservation_bytes for entry in looked.entries()] == [0, 0]
+    looked.close()
+    assert path.read_bytes() == before, "who only looks changes nothing"
+    entries = reopened(path, 7)
+    assert [entry.name for entry in entries] == ["disk@1", "disk@2"]
+    assert {entry.uuid for entry in entries} == {SNAP.uuid}, "identities stay"
+    catalog = Catalog.open(path)
+    catalog.apply([Put(replace(entries[0], reservation_bytes=4096))])
+    catalog.close()
+    assert [entry.reservation_bytes for entry in reopened(path, 0)] == [4096, 0]

@@ -32,6 +32,7 @@ COMMANDS = {
     "delete": "devices",
     "rename": "devices",
     "resize": "devices",
+    "reserve": "devices",
     "rollback": "devices",
     "diff": "diffing",
     "send": "sending",

@@ -1,4 +1,4 @@
-"""Commands on devices: create, list, snapshot, delete, rename, resize, rollback."""
+"""Commands on devices: create, list, snapshot, delete, rename, resize, reserve, rollback."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ COLUMNS = (
     Column("CREATED"),
     Column("MODE"),
     Column("OPEN", figures=True),
+    Column("RESERVED", figures=True),
 )
 force_option = click.option(
     "--force", is_flag=True, help="Overrule the pool's min-free settings and its overcommit limit."
@@ -58,16 +59,26 @@ def _report(result: dict[str, Any], sentence: str, *, as_json: bool) -> None:
         click.echo(sentence)
 
 
-@click.command("create", epilog="\b\nExample:\n  thinpool create /srv/pool disk --size 10G")
+@click.command(
+    "create",
+    epilog="\b\nExamples:\n  thinpool create /srv/pool disk --size 10G\n"
+    "  thinpool create /srv/pool database --size 100G --reserve 20G",
+)
 @click.option(
     "--size", type=SIZE, required=True, help="Size of the device, e.g. 10G. It may exceed the pool's."
+)
+@click.option(
+    "--reserve", type=SIZE, default=0, help="Set so much of the pool aside for it (see `thinpool reserve`)."
 )
 @force_option
 @json_option
 @pool_command("NAME")
-def create_command(location: PoolLocation, *, name: str, size: int, force: bool, as_json: bool) -> None:
+def create_command(
+    location: PoolLocation, *, name: str, size: int, reserve: int, force: bool, as_json: bool
+) -> None:
     """Create an empty device. It takes space as it is written."""
-    result = _operate(location, "create", {"name": name, "size_bytes": size, "force": force})
+    parameters = {"name": name, "size_bytes": size, "force": force, "reservation_bytes": reserve}
+    result = _operate(location, "create", parameters)
     made = result["device"]
     _report(result, f"device {quoted(made['name'])} of {iec(made['size_bytes'])}", as_json=as_json)
 
@@ -94,7 +105,7 @@ def list_command(
     """List devices and snapshots with what they hold, or the snapshots in an object store.
 
     MAPPED is what a device can read that was written; EXCLUSIVE of that is what deleting it alone would free; SHARED
-    is held by others as well. OPEN counts connections.
+    is held by others as well. OPEN counts connections. RESERVED is what a device can always have for itself.
 
     A word with `://` in it is the URL of a store. Of its snapshots MAPPED is what they can read, SENT what their push
     added to the store.
@@ -121,6 +132,7 @@ def _row(device: Mapping[str, Any], *, exact: bool) -> list[str]:
         str(device["created"]),
         "receiving" if device["receiving"] else "ro" if device["read_only"] else "rw",
         str(device["open_count"]),
+        size_text(int(device["reservation_bytes"]), exact=exact) if device["reservation_bytes"] else "-",
     ]
 
 
@@ -180,6 +192,25 @@ def resize_command(location: PoolLocation, *, name: str, size: int, shrink: bool
     """Change the size of a device. Clients see it when they connect again."""
     result = _operate(location, "resize", {"name": name, "size_bytes": size, "shrink": shrink})
     _report(result, f"device {quoted(name)} of {iec(result['device']['size_bytes'])}", as_json=as_json)
+
+
+@click.command(
+    "reserve",
+    epilog="\b\nExamples:\n  thinpool reserve /srv/pool disk 20G\n  thinpool reserve /srv/pool disk none",
+)
+@json_option
+@pool_command("NAME", "SIZE", bare=False)
+def reserve_command(location: PoolLocation, *, name: str, size: str, as_json: bool) -> None:
+    """Set part of a pool aside for a device; SIZE is none for nothing.
+
+    The device can always have SIZE of data for itself, whatever other devices write. What it has already counts. A
+    snapshot of it shares everything it has, so it needs SIZE to be free once more, and is refused otherwise. The
+    reservation is refused where the pool has too little free, besides those of other devices.
+    """
+    reserved = 0 if size == "none" else SIZE.convert(size, None, None)
+    result = _operate(location, "reserve", {"name": name, "reservation_bytes": reserved})
+    amount = iec(result["device"]["reservation_bytes"]) if reserved else "nothing"
+    _report(result, f"{amount} is reserved for device {quoted(name)}", as_json=as_json)
 
 
 @click.command(

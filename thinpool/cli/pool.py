@@ -175,7 +175,9 @@ def _print_status(status: dict[str, Any], server: dict[str, Any] | None, *, exac
         total, used = int(status[f"{kind}_bytes"]), int(status[f"{kind}_used_bytes"])
         free = size_text(int(status[f"{kind}_free_bytes"]), exact=exact)
         percent = 100 * used / total if total else 0.0
-        return f"{size_text(used, exact=exact)} of {size_text(total, exact=exact)} ({percent:.1f} %), {free} free"
+        text = f"{size_text(used, exact=exact)} of {size_text(total, exact=exact)} ({percent:.1f} %), {free} free"
+        reserved = int(status["data_reserved_bytes"]) if kind == "data" else 0
+        return text + (f", {size_text(reserved, exact=exact)} of it reserved" if reserved else "")
 
     pairs = [
         ("pool", shown_path(status["location"])),
