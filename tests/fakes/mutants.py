@@ -227,17 +227,23 @@ def metadata_changed_in_place() -> Iterator[None]:
         yield
 
 
-def snapshot_misses_new_mappings() -> AbstractContextManager[object]:
+@contextmanager
+def snapshot_misses_new_mappings() -> Iterator[None]:
     def take(self, device_id: int, then=None, *, replacing: bool = False) -> None:  # noqa: ANN001
         engine = self.engine
         with self.quiet():
             with engine.changing_tree():
-                engine.metadata.create_snapshot(device_id, self.device_id)
+                engine.metadata.create_snapshot(device_id, self.device_id, replacing=replacing)
                 engine.time = engine.metadata.time
                 self.shared_before = engine.metadata.device(self.device_id).snapshotted_time
             self._judged.setall(0)
+            if then is not None:
+                then()
 
-    return _instead(ThinDevice, "take_point_in_time", take)
+    # Admission looks at the space there is, which brings mappings into the tree as well.
+    admit = _instead(Pool, "_admit", lambda self, *_, **__: None)
+    with admit, _instead(ThinDevice, "take_point_in_time", take):
+        yield
 
 
 @contextmanager

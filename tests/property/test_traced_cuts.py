@@ -6,12 +6,13 @@ where the simulated disk of the crash search takes SQLite's word.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -50,11 +51,23 @@ def test_every_system_call_in_many_ways(tmp_path: Path, seed: int) -> None:
     cut_everywhere(tmp_path, seed=seed, images=20)
 
 
+@contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """What is found in thousands of images is not news."""
+    logger = logging.getLogger("thinpool")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@quiet_log()
 def cut_everywhere(scratch: Path, *, seed: int, images: int, mistakes: Sequence[str] = ()) -> int:
     """Trace the work, cut after each call; return how many images were opened. Raises Violation."""
     if find_tool("strace") is None:
         pytest.skip("strace is missing")
-    logging.getLogger("thinpool").setLevel(logging.CRITICAL)
     place, found, random = scratch / "place", scratch / "found", Random(seed)
     place.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -196,7 +196,7 @@ def test_a_snapshot_that_fails_lets_writers_go_on(
     pool.create_device("disk", 16 * BLOCK)
     fill(pool, "disk", range(4))
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         time.sleep(0.05)  # clients wait meanwhile
         raise MetadataFull(1, 0, 0)
 
