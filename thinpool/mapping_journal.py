@@ -73,6 +73,7 @@ BELIEVED_NS = 60 * 10**9
 IN_PLACE = frozenset({0xEF53, 0x58465342, 0x01021994})
 _libc = ctypes.CDLL(None, use_errno=True)
 NO_BASE = bytes(DIGEST_BYTES)
+WRITTEN_IN_PART = "the journal was written in part"
 
 assert HEADER.size == AREA_HEADERS_AT + 2 * AREA_HEADER.size
 assert BODY.size + CHECKSUM.size == ENTRY_BYTES
@@ -188,9 +189,12 @@ class MappingJournal:
             self._note_beginning(area)
         body = BODY.pack(area.generation, device_id, thin_block, data_block)
         try:
-            self._pwrite(body + CHECKSUM.pack(crc32(body)), area.start + slot * ENTRY_BYTES)
+            done = self._pwrite(body + CHECKSUM.pack(crc32(body)), area.start + slot * ENTRY_BYTES)
         except OSError as error:
             self.give_up(str(error))
+        else:
+            if done != ENTRY_BYTES:
+                self.give_up(WRITTEN_IN_PART)
         area.used = slot + 1
 
     def dropped(self, device_id: int, begin: int, end: int) -> None:
@@ -280,7 +284,7 @@ class MappingJournal:
             self.give_up(str(error))
         else:
             if done != len(data):
-                self.give_up("the journal was written in part")
+                self.give_up(WRITTEN_IN_PART)
 
 
 def overwrites_in_place(descriptor: int) -> bool:

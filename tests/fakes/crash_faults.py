@@ -63,7 +63,8 @@ class Fault:
             return count
         if self.kind == "short":
             self.struck = operation
-            return min(count, SHORT_BYTES)
+            # Entries of the journal are shorter than a sector; data and metadata come in whole ones.
+            return count // 2 if file == "journal" else min(count, SHORT_BYTES)
         if not self.struck:
             self.struck = operation
         number = getattr(errno, self.kind)
@@ -82,6 +83,7 @@ KINDS = {
     "data punch": ("EIO", "EOPNOTSUPP"),
     "data grow": ("EIO", "ENOSPC"),
     "catalogue": ("EIO", "ENOSPC"),
+    "journal write": ("EIO", "ENOSPC", "short"),
 }
 
 
@@ -95,7 +97,11 @@ class FaultyScenario(Scenario):
         self.refused = 0
         self.over = False
         super().__init__(disk, random, nbd=nbd)
-        disk.before = fault.before
+        disk.before = disk.before_journal = fault.before
+
+    def heal(self) -> None:
+        """From here on nothing fails."""
+        self.disk.before = self.disk.before_journal = None
 
     def step(self) -> None:
         if self.over:

@@ -226,7 +226,7 @@ class SimulatedJournals:
 
         def pwrite(data: bytes, offset: int) -> int:
             if disk.before_journal is not None:
-                disk.before_journal("journal write", len(data))
+                data = data[: disk.before_journal("journal write", len(data))]
             done = os.pwrite(disk.journal, data, offset)
             content = os.pread(disk.journal, 1 << 16, 0)
             disk.events.append(Event(Kind.JOURNAL, payload=content))
