@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -170,13 +171,19 @@ def _served_image(image: ImageFile) -> Iterator[str]:
 
 def _await_socket(server: subprocess.Popen[str], path: Path, image: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not path.exists():
+    while not _listens(path):
         if server.poll() is not None:
             assert server.stderr is not None
             raise ImageFailed(str(image), _last_line(server.stderr.read()))
         if time.monotonic() > deadline:
             raise ImageFailed(str(image), f"qemu-nbd did not start in {START_SECONDS:.0f} s")
         time.sleep(POLL_SECONDS)
+
+
+def _listens(path: Path) -> bool:
+    """Tell whether somebody accepts connections there: the path is there a moment before that."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def _require(program: str) -> None:
