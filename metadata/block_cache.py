@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import numpy as np
+
+from .btree import read_leaf
 from .checksum import BlockKind
 from .errors import BlockDamaged, Damage
+from .layout import VALUE_TYPES, U64Array, ValueArray
 from .node import Node, decode_node
 from .store import BlockStore
+from .walk import read_leaves
 
 CACHED_NODES_DEFAULT = 4096
+# Fewer leaves than this are worth keeping, and may be here already; more would only drive others out.
+LEAVES_READ_TOGETHER = 8
 
 
 class BlockCache:
@@ -36,6 +43,21 @@ class BlockCache:
         node = decode_node(self.raw(location, BlockKind.NODE), location)
         self.keep(location, node)
         return node
+
+    def entries(self, locations: U64Array, value_bytes: int) -> tuple[U64Array, ValueArray]:
+        """Keys and values of these leaves one after another. Many are read together and not kept.
+
+        Raises BlockDamaged, also where a block is no leaf with values of this size; ShortRead, OSError.
+        """
+        if len(locations) >= LEAVES_READ_TOGETHER:
+            return read_leaves(self._store, value_bytes, locations)
+        keys: list[U64Array] = [np.empty(0, np.uint64)]
+        values: list[ValueArray] = [np.empty(0, VALUE_TYPES[value_bytes])]
+        for location in locations.tolist():
+            node = read_leaf(self, location, value_bytes)
+            keys.append(node.keys)
+            values.append(node.values)
+        return np.concatenate(keys), np.concatenate(values)
 
     def raw(self, location: int, kind: BlockKind) -> bytes:
         """Bytes of a block, unverified; `kind` is only for the message when there is no such block."""

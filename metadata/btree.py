@@ -28,6 +28,13 @@ class NodeSource(Protocol):
         """The node at `location`. Raises BlockDamaged."""
         ...
 
+    def entries(self, locations: U64Array, value_bytes: int) -> tuple[U64Array, ValueArray]:
+        """Keys and values of these leaves one after another, read together where there are many.
+
+        `value_bytes` is the size of the tree's values. Raises BlockDamaged, also where one is no leaf.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
@@ -49,6 +56,14 @@ def read_node(source: NodeSource, location: int, value_bytes: int, depth: int = 
         )
     if depth > TREE_DEPTH_MAX:
         raise BlockDamaged(location, BlockKind.NODE.label, Damage.TOO_DEEP)
+    return node
+
+
+def read_leaf(source: NodeSource, location: int, value_bytes: int) -> Node:
+    """A node that has to be a leaf of a tree with values of this size. Raises BlockDamaged."""
+    node = read_node(source, location, value_bytes)
+    if not node.leaf:
+        raise BlockDamaged(location, BlockKind.NODE.label, Damage.NODE_FLAGS, "an internal node")
     return node
 
 

@@ -136,26 +136,24 @@ class _LeafReader:
 
     def __init__(self, source: NodeSource, level: _Level) -> None:
         self._source = source
-        self._locations: list[int] = level.locations.tolist()
-        self._bounds: list[int] = level.bounds.tolist()
+        self._locations = level.locations
+        self._bounds = level.bounds
         self._position = 0
         self._keys, self._blocks = _NONE, _NONE
 
     def bound_after(self, count: int) -> int:
         """The lower bound of the leaf `count` places on, beyond all keys where there is none."""
         position = self._position + count
-        return self._bounds[position] if position < len(self._bounds) else KEY_LIMIT
+        return int(self._bounds[position]) if position < len(self._bounds) else KEY_LIMIT
 
     def take(self, begin: int, limit: int) -> tuple[U64Array, U64Array]:
         """Keys and data blocks with begin <= key < limit; ranges follow one another."""
-        keys, blocks = [self._keys], [self._blocks]
-        while self._position < len(self._bounds) and self._bounds[self._position] < limit:
-            # A bound may be lower than the leaf's first key: then the entries wait here for their range.
-            node = read_node(self._source, self._locations[self._position], 8)
-            keys.append(node.keys)
-            blocks.append(node.values >> _TIME_BITS)
-            self._position += 1
-        all_keys, all_blocks = np.concatenate(keys), np.concatenate(blocks)
+        begun = self._position
+        self._position = max(begun, first_at_or_above(self._bounds, limit))
+        keys, values = self._source.entries(self._locations[begun : self._position], 8)
+        all_keys = np.concatenate((self._keys, keys))
+        all_blocks = np.concatenate((self._blocks, values >> _TIME_BITS))
+        # A bound may be lower than the leaf's first key: then the entries wait here for their range.
         first, last = first_at_or_above(all_keys, begin), first_at_or_above(all_keys, limit)
         self._keys, self._blocks = all_keys[last:], all_blocks[last:]
         return all_keys[first:last], all_blocks[first:last]
@@ -176,6 +174,9 @@ def _merge(
     end: int, old_keys: U64Array, old_blocks: U64Array, new_keys: U64Array, new_blocks: U64Array
 ) -> Difference:
     """Join two ascending lists by key, and leave out what is mapped alike."""
+    if np.array_equal(old_keys, new_keys):  # the usual case by far, and without a sort
+        different = old_blocks != new_blocks
+        return Difference(end, old_keys[different], old_blocks[different], new_blocks[different])
     keys = np.union1d(old_keys, new_keys)
     old = np.full(len(keys), ABSENT, np.uint64)
     new = np.full(len(keys), ABSENT, np.uint64)

@@ -17,7 +17,7 @@ from .pool_metadata import PoolMetadata
 from .runs import RunMerger, Runs, find_runs
 from .store import BlockStore
 from .superblock import Superblock, read_superblock
-from .walk import LeafGroup, entries, leaf_groups, read_group
+from .walk import LeafGroup, entries, leaf_groups, read_leaves
 
 Write = Callable[[str], object]
 
@@ -126,7 +126,7 @@ class _Dump:
         kept = self._kept.get(group.parent)
         if kept is not None:
             return kept
-        keys, values = read_group(self._store, 8, group)
+        keys, values = read_leaves(self._store, 8, group.locations)
         if not len(keys):
             return None
         runs = find_runs(keys, values)

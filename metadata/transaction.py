@@ -19,10 +19,11 @@ from typing import Protocol
 import numpy as np
 
 from .block_cache import BlockCache
+from .btree import read_leaf
 from .checksum import BlockKind
 from .counts import CountTable
 from .errors import BlockDamaged, Damage, MetadataFull
-from .layout import ENTRIES_PER_BITMAP, U64Array, bitmaps_for
+from .layout import ENTRIES_PER_BITMAP, U64Array, ValueArray, bitmaps_for
 from .node import Node
 
 
@@ -58,6 +59,22 @@ class Transaction:
         if isinstance(content, Node):
             return content
         raise BlockDamaged(location, BlockKind.NODE.label, Damage.OTHER_KIND, "changed in this transaction")
+
+    def entries(self, locations: U64Array, value_bytes: int) -> tuple[U64Array, ValueArray]:
+        """Keys and values of these leaves one after another, as this transaction sees them.
+
+        Raises BlockDamaged, also where a block is no leaf with values of this size; ShortRead, OSError.
+        """
+        changed = [place for place, location in enumerate(locations.tolist()) if location in self._dirty]
+        parts = []
+        begin = 0
+        for place in changed:
+            parts.append(self._cache.entries(locations[begin:place], value_bytes))
+            node = read_leaf(self, int(locations[place]), value_bytes)
+            parts.append((node.keys, node.values))
+            begin = place + 1
+        parts.append(self._cache.entries(locations[begin:], value_bytes))
+        return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
 
     def raw(self, location: int, kind: BlockKind) -> bytes:
         """Bytes of a block that is not a node, as this transaction sees it; unverified."""

@@ -51,16 +51,16 @@ def leaf_groups(store: BlockStore, value_bytes: int, root: int) -> Iterator[Leaf
             stack.append(iter(children.tolist()))
 
 
-def read_group(store: BlockStore, value_bytes: int, group: LeafGroup) -> tuple[U64Array, ValueArray]:
-    """All entries of a group, in order. Raises BlockDamaged, ShortRead, OSError."""
-    batch = read_nodes(store, group.locations, value_bytes)
+def read_leaves(store: BlockStore, value_bytes: int, locations: U64Array) -> tuple[U64Array, ValueArray]:
+    """All entries of these leaves, in order. Raises BlockDamaged, ShortRead, OSError."""
+    batch = read_nodes(store, locations, value_bytes)
     _raise_first(batch)
     if not batch.others:
         return batch.leaves.keys, batch.leaves.values
     parts = _single_leaves(batch)
     for position, node in batch.others:
         if not node.leaf:
-            raise BlockDamaged(int(group.locations[position]), "leaf", Damage.NODE_FLAGS, "an internal node")
+            raise BlockDamaged(int(locations[position]), "leaf", Damage.NODE_FLAGS, "an internal node")
         parts[position] = (node.keys, node.values)
     ordered = [parts[position] for position in sorted(parts)]
     return np.concatenate([keys for keys, _ in ordered]), np.concatenate([values for _, values in ordered])
@@ -68,7 +68,9 @@ def read_group(store: BlockStore, value_bytes: int, group: LeafGroup) -> tuple[U
 
 def entries(store: BlockStore, value_bytes: int, root: int) -> tuple[U64Array, ValueArray]:
     """All entries of a (small) tree, in order. Raises BlockDamaged, ShortRead, OSError."""
-    parts = [read_group(store, value_bytes, group) for group in leaf_groups(store, value_bytes, root)]
+    parts = [
+        read_leaves(store, value_bytes, group.locations) for group in leaf_groups(store, value_bytes, root)
+    ]
     return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .catalog_rows import CatalogEntry
 
-RANGES_PER_PAGE = 8192
+RANGES_PER_PAGE = 1 << 15
 # Names of the states in JSON and in `--map`; the numbers are those of `delta.Change`.
 STATE_NAMES = {0: "same", 1: "data", 2: "hole"}
 
@@ -45,7 +45,14 @@ class DiffPage:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, sizes as integers."""
-        return asdict(self)
+        # Not asdict of the page: it would copy every range three times over.
+        return {
+            "old": asdict(self.old),
+            "new": asdict(self.new),
+            "block_bytes": self.block_bytes,
+            "ranges": self.ranges,
+            "next_bytes": self.next_bytes,
+        }
 
 
 def compare(

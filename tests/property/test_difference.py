@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadata import ABSENT, PoolMetadata
+from metadata import ABSENT, BlockDamaged, PoolMetadata
 from tests.fakes.metadata_pools import contents, new_pool, packed, span, u64
 from tests.fakes.thin_tools import run_tool
+from thinpool import device_diff
+from thinpool.catalog_rows import CatalogEntry
 from thinpool.delta import Change, changed_ranges, dirty_extents
+from thinpool.device_diff import all_pages, compare
 
 FIRST, SECOND = 1, 2
 KEYS = 60_000  # three levels, when all are mapped
@@ -152,6 +155,45 @@ def test_ranges_have_three_states_and_end_with_the_device():
         (2 * block - 100, 0),
         (3 * block, 1),
         (3 * block + 100, 0),
+    ]
+
+
+def test_damage_among_leaves_read_together_is_named():
+    store, pool = new_pool(metadata_blocks=4000)
+    pool.create_device(FIRST)
+    pool.insert(FIRST, span(0, 5000), packed(span(0, 5000)))
+    pool.commit()
+    root = pool.state.transaction.node(pool.device_root(FIRST))
+    assert len(root.values) == 20, "its leaves are read in one go"
+    damaged, internal = int(root.values[7]), int(root.values[13])
+    intact = store.read(damaged, 1)
+    store.write(damaged, intact[:2000] + bytes([intact[2000] ^ 1]) + intact[2001:])
+    with pytest.raises(BlockDamaged, match=f"{damaged}"):
+        differing(PoolMetadata.open(store, writable=False), None, FIRST, 0, 2**64)
+    store.write(damaged, intact)
+    # A sound block of another kind where a leaf should be.
+    store.write(internal, root.encode(internal))
+    with pytest.raises(BlockDamaged, match=f"{internal}.*internal"):
+        differing(PoolMetadata.open(store, writable=False), None, FIRST, 0, 2**64)
+
+
+@pytest.mark.parametrize("ranges_per_page", [1, 2, 7, 1000])
+def test_pages_joined_are_the_whole(ranges_per_page: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(device_diff, "RANGES_PER_PAGE", ranges_per_page)
+    _, pool = new_pool(metadata_blocks=4000)
+    pool.create_device(FIRST)
+    pool.insert(FIRST, span(0, 3000), packed(span(0, 3000)))
+    pool.create_snapshot(SECOND, FIRST)
+    for number in range(14):
+        pool.insert(SECOND, span(200 * number, 3), packed(span(10_000 + 3 * number, 3), 1))
+        pool.remove(SECOND, 200 * number + 3, 200 * number + 5)
+    block, size = 1 << 16, 3000 << 16
+    sides = [CatalogEntry(number, f"d{number}", size, True, None, 0.0) for number in (FIRST, SECOND)]
+    pages = list(all_pages(lambda begin: compare(pool, *sides, block, begin).to_json()))
+    assert len(pages) == -(-28 // ranges_per_page)
+    assert [each for page in pages for each in page["ranges"]] == [
+        (found.offset_bytes, found.length_bytes, int(found.change))
+        for found in changed_ranges(pool, FIRST, SECOND, block, size)
     ]
 
 
