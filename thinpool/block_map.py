@@ -25,6 +25,7 @@ TIME = MAPPED - 1
 UNMAPPED = 1
 CHUNK_BLOCKS = 512
 ENTRY_BYTES = 8
+LEAVES_BLOCKS_MAX = 1 << 20  # asked of the tree at once
 
 Leaves = Iterable[tuple[NDArray[np.uint64], NDArray[np.uint64]]]
 Loader = Callable[[int, int], Leaves]
@@ -74,6 +75,20 @@ class BlockMap:
             page[keys - np.uint64(begin)] = values + np.uint64(MAPPED)
         self._array[begin : begin + CHUNK_BLOCKS] = page
         self._loaded[chunk] = 1
+
+    def leaves(self, begin: int, end: int) -> Leaves:
+        """The mappings of [begin, end) as they are read, in order: those in memory, and the tree's elsewhere."""
+        while begin < end:
+            chunk = begin // CHUNK_BLOCKS
+            if self._loaded[chunk]:
+                until = min(end, (chunk + 1) * CHUNK_BLOCKS)
+                yield self.mapped(np.arange(begin, until, dtype=np.uint64))
+            else:
+                loaded = self._loaded.find(1, chunk)
+                until = end if loaded < 0 else min(end, loaded * CHUNK_BLOCKS)
+                until = min(until, begin + LEAVES_BLOCKS_MAX)
+                yield from self._load(begin, until)
+            begin = until
 
     def unmap(self, begin: int, end: int) -> None:
         """Mark [begin, end) unmapped where it is loaded; what is not loaded will be read from the tree."""

@@ -150,6 +150,13 @@ class Catalog:
             changes = self._staged(transaction_id)
         self._apply(changes, forget_staged=True)
 
+    def assume(self, changes: Sequence[Change]) -> None:
+        """Know the rows after changes that are staged and whose metadata is committed, where they cannot be promoted.
+
+        In memory only; `recover` promotes them when the pool is opened next.
+        """
+        self._remember(self._resulting(changes))
+
     def discard_staged(self) -> None:
         """Forget all intentions."""
         with self._transaction():

@@ -108,8 +108,8 @@ class ThinDevice:
 
     def _load(self, begin: int, end: int) -> Leaves:
         try:
-            with self.engine.tree:
-                return list(self.engine.metadata.mappings(self.device_id, begin, end))
+            with self.engine.looking_at_tree() as metadata:
+                return list(metadata.mappings(self.device_id, begin, end))
         except MetadataError as error:
             raise OSError(errno.EIO, str(error)) from error
 
@@ -263,7 +263,8 @@ class ThinDevice:
     def unmap(self, begin: int, end: int, *, with_the_step: bool = False) -> None:
         """Drop the mappings of blocks [begin, end). Blocks come back after the next commit.
 
-        `with_the_step`: it is done together with a change of names and sizes or not at all, a kill included.
+        `with_the_step`: it is done together with a change of names and sizes or not at all, also where the process is
+        killed or the commit fails. Nobody has the device open, and its object is dropped when the step is done.
         """
         engine = self.engine
         while begin < end:
@@ -278,7 +279,8 @@ class ThinDevice:
                     self.apply_pending()
                     if self._remove(begin, until) and journal is not None:
                         journal.dropped(self.device_id, begin, until)
-                    self.block_map.unmap(begin, until)
+                    if not with_the_step:
+                        self.block_map.unmap(begin, until)
             begin = until
         engine.committer.touch()
 
@@ -304,15 +306,22 @@ class ThinDevice:
         found = ExtentList(self.block_bytes, offset, offset + length, self.shared_before)
         begin, end = offset // self.block_bytes, -(-(offset + length) // self.block_bytes)
         with self.engine.transaction:
-            if self.engine.writable and self.engine.failure is None:
-                self.apply_pending()
-            with self.engine.tree:
-                for keys, values in self.engine.metadata.mappings(self.device_id, begin, end):
-                    found.add(keys, values)
-                    if len(found.ranges) >= EXTENTS_MAX:
-                        return found.ranges
+            for keys, values in self._leaves(begin, end):
+                found.add(keys, values)
+                if len(found.ranges) >= EXTENTS_MAX:
+                    return found.ranges
         found.finish(HOLE)
         return found.ranges
+
+    def _leaves(self, begin: int, end: int) -> Leaves:
+        if self.engine.failure is not None:
+            # What was answered and never committed is in the block map only, and reads back. Nothing changes it now.
+            yield from self.block_map.leaves(begin, end)
+            return
+        if self.engine.writable:
+            self.apply_pending()
+        with self.engine.looking_at_tree() as metadata:
+            yield from metadata.mappings(self.device_id, begin, end)
 
     def changed_since(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
         """(length_bytes, 1 changed or 0 same) from `offset` on, compared with the snapshot behind `context`.
@@ -323,6 +332,10 @@ class ThinDevice:
         if base is None:
             raise OSError(errno.EINVAL, "the snapshot of this context does not exist any more")
         with self.engine.transaction:
+            if self.engine.failure is not None and not self.read_only:
+                raise OSError(
+                    errno.EIO, "what changed and was not committed is not known after a failed commit"
+                )
             if self.engine.writable and self.engine.failure is None:
                 self.apply_pending()
             with self.engine.tree:

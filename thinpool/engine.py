@@ -25,7 +25,15 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from metadata import BlockDamaged, CommitReport, CountDamaged, MetadataError, PoolMetadata, ShortRead
+from metadata import (
+    BlockDamaged,
+    CommitReport,
+    CountDamaged,
+    MetadataError,
+    PoolMetadata,
+    ShortRead,
+    Superblock,
+)
 
 from .committer import Committer
 from .data_file import DataFile
@@ -77,6 +85,11 @@ class Engine:
         self.devices: dict[int, ThinDevice] = {}
         self.failure: Exception | None = None
         self.failed_for_good = False  # not even `needs_check` could be written
+        # What the metadata in memory is after giving up: unknown, where the committed state could not be read again;
+        # else that of the commit which failed, where its superblock is the one in the file all the same.
+        self.tree_unknown = False
+        self.failed_commit_counts = False
+        self._attempted: Superblock | None = None  # of the commit being written
         self.free = FreeMap(metadata.unavailable_data(), self._scrub)
         self.reclaimer = Reclaimer(data, self.free, log)
         self.reservations = Reservations(self)
@@ -145,6 +158,16 @@ class Engine:
         for device in self.devices.values():
             device.apply_pending()
 
+    @contextmanager
+    def looking_at_tree(self) -> Iterator[PoolMetadata]:
+        """Around look-ups in the metadata. Raises OSError(EIO) where half a change may be in memory for good."""
+        with self.tree:
+            if self.tree_unknown:
+                raise OSError(
+                    errno.EIO, "the committed metadata could not be read again after a failed commit"
+                )
+            yield self.metadata
+
     def commit_if_dirty(self) -> None:
         """What a FLUSH asks for: everything replied to so far becomes durable."""
         with self.transaction:
@@ -198,9 +221,11 @@ class Engine:
                 prepared = self.metadata.prepare_commit()
             if self.journal is not None and prepared.superblock is not None:
                 self.journal.about_to_commit(prepared.superblock.pack())
+            self._attempted = prepared.superblock
             self.metadata.write_commit(prepared)
             with self.tree:
                 report = self.metadata.finish_commit(prepared)
+            self._attempted = None
         if report is None and not len(fresh):
             return None  # nothing but data: what the next mapping may take has not changed either
         orphans = self._unreferenced(fresh)
@@ -234,7 +259,11 @@ class Engine:
             self.journal.discard()
         try:
             with self.tree:
+                self.tree_unknown = True
                 self.metadata.abort()
+                self.tree_unknown = False
+                # A flush that failed says nothing of what was written: names follow what the next opener finds.
+                self.failed_commit_counts = self.metadata.superblock == self._attempted
                 self.metadata.set_needs_check(True)
                 self.metadata.commit()
         except (OSError, MetadataError) as second:

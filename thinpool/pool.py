@@ -25,6 +25,7 @@ from metadata import PoolMetadata
 
 from .admission import require_promise, require_space
 from .catalog import Catalog, CatalogEntry, Drop, Put
+from .catalog_rows import device_id_of
 from .content_identity import new_identity
 from .description import METADATA_BLOCK_BYTES, describe_device, describe_freeing, describe_pool, dm_lines
 from .device import ThinDevice
@@ -115,13 +116,29 @@ class Pool:
             if own_id:
                 with self.engine.tree:
                     self._metadata.set_transaction_id(number)
-            self.engine.commit()
+            try:
+                self.engine.commit()
+            except BaseException:
+                if self.engine.failed_commit_counts:
+                    self._follow(changes)
+                raise
             try:
                 self.catalog.promote(number)
             except Exception as error:
-                # The step is done and durable; only this process no longer knows the names.
+                # The step is done and durable: the next to open the pool promotes it.
                 self.engine.give_up(error)
+                self._follow(changes)
                 raise
+
+    def _follow(self, changes: Sequence[Put | Drop]) -> None:
+        """Know the names that belong to the metadata, where the pool gave up before the catalogue could."""
+        self.catalog.assume(changes)
+        for change in changes:
+            device = self.engine.devices.get(device_id_of(change))
+            if device is not None and not device.sessions:
+                self.engine.devices.pop(
+                    device.device_id
+                )  # all of it was in that commit; its size may be another
 
     def _entry(self, name: str) -> CatalogEntry:
         entry = self.catalog.by_name(name)
@@ -484,11 +501,16 @@ class Pool:
             return self.lazy.state(name)
 
     def diff(self, old: str, new: str, begin_bytes: int = 0) -> DiffPage:
-        """What changed from one device to another, from an offset on. Raises NoSuchDevice, MetadataError."""
+        """What changed from one device to another, from an offset on.
+
+        Raises NoSuchDevice, MetadataError, and PoolPoisoned for devices that may hold what was never committed.
+        """
         with self.engine.transaction:
             entries = self._entry(old), self._entry(new)
             for entry in entries:
                 self.lazy.require_whole(entry)
+            if self.engine.failure is not None and not all(entry.read_only for entry in entries):
+                self.engine.require_writable()  # changes that were never committed are in no tree
             if self.writable:
                 self.engine.collect()
             with self.engine.tree:

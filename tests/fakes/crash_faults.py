@@ -4,8 +4,10 @@ In: the fault, what clients then hear, what the oracle may still hold them to. O
 every one), what the pool looks like afterwards (`crash_check`).
 
 An error may be answered to whoever asked only after the fault happened. From then on: a request that failed may have
-been carried out or not; a change of names that failed in a pool which goes on working was not, in a pool that gave
-up it may have been; everything that was answered with success is promised as ever.
+been carried out or not; a change of names that failed in a pool which goes on working was not, in a pool that gave up
+it may have been, and the pool shows which: the names and the content of all devices, and the next to open it finds the
+same. Only where not even `needs_check` could be written may it find the other. Everything that was answered with
+success is promised as ever.
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ from tests.fakes.crash_oracle import (
     FlushBegin,
     FlushEnd,
     Restart,
+    Settled,
     Stage,
     Step,
     StepBegin,
     StepEnd,
+    Violation,
 )
-from tests.fakes.crash_scenario import Scenario, Shape
+from tests.fakes.crash_scenario import SECTOR_BYTES, Scenario, Shape
 from tests.fakes.disk_history import Contents
 from tests.fakes.simulated_disk import SimulatedDisk
+from thinpool.catalog import CatalogEntry
 from thinpool.errors import ThinPoolError
+from thinpool.extents import HOLE
 
 FAILURES = (OSError, MetadataError, ThinPoolError)
 SHORT_BYTES = 1536
@@ -96,6 +102,8 @@ class FaultyScenario(Scenario):
         self.fault = fault
         self.refused = 0
         self.over = False
+        # The devices before a change of names of which it is not known whether it is on the disk.
+        self._before_doubt: list[CatalogEntry] | None = None
         super().__init__(disk, random, nbd=nbd)
         disk.before = disk.before_journal = fault.before
 
@@ -118,13 +126,17 @@ class FaultyScenario(Scenario):
     def _structural(self, step: Step) -> Iterator[None]:
         self.text[-1] += f" {step.text if hasattr(step, 'text') else ''}"
         given_up_before = self.pool.engine.failure is not None
+        before = self.pool.catalog.entries()
         self.mark(StepBegin(step))
         try:
             yield
         except FAILURES as error:
             # Without a fault only a lack of space is an answer, and it leaves no trace.
             gave_up = self.pool.engine.failure is not None and not given_up_before
-            self.mark(StepEnd(step, done=None if gave_up else False))
+            certain = not (gave_up and self.pool.engine.failed_for_good)
+            if not certain:
+                self._before_doubt = before
+            self.mark(StepEnd(step, gave_up and self.pool.catalog.entries() != before, certain))
             if isinstance(error, OSError) and error.errno == errno.ENOSPC and not self.fault.struck:
                 return
             raise
@@ -171,7 +183,14 @@ class FaultyScenario(Scenario):
                     raise
                 self.over = attempt == 1
             else:
+                self._settle()
                 return
+
+    def _settle(self) -> None:
+        """The pool was opened: it shows whether a step that was not certain is on the disk."""
+        if self._before_doubt is not None:
+            self.mark(Settled(self.pool.catalog.entries() != self._before_doubt))
+            self._before_doubt = None
 
     def _was_sound(self) -> bool:
         """Whether closing was a flush: it is none where the pool had given up or could not be written."""
@@ -179,7 +198,23 @@ class FaultyScenario(Scenario):
 
     def compare(self, name: str, *, exact: bool = True) -> None:
         # After giving up, blocks not looked at before come from the last committed state.
-        super().compare(name, exact=exact and self._was_sound())
+        sound = self._was_sound()
+        super().compare(name, exact=exact and sound)
+        if not sound:
+            self._holes_are_zeros(name)
+
+    def _holes_are_zeros(self, name: str) -> None:
+        """What a pool that gave up says about holes fits what it shows."""
+        session = self.client(name).session
+        length = self.oracle.world[name].sectors * SECTOR_BYTES
+        position = 0
+        for length_bytes, kind in session.extents(0, length):
+            if kind == HOLE and any(session.read_bytes(position, length_bytes)):
+                text = f"{name} says that {length_bytes} bytes from {position} on are a hole, and shows data there"
+                raise Violation(text)
+            position += length_bytes
+        if position != length:
+            raise Violation(f"{name} tells of {position} bytes of {length}")
 
 
 def faulty_scenario_of(seed: int, fault: Fault, steps: int) -> FaultyScenario:

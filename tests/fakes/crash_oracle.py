@@ -199,10 +199,14 @@ class StepBegin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepEnd:
-    """Mark: that was reported as done, as failed, or (`done` None) it is not known which."""
+    """Mark: that was reported as done, as failed, or (`done` None) it is not known which.
+
+    Not `certain`: the pool shows it so, and what is on the disk may be the other.
+    """
 
     step: Step
     done: bool | None = True
+    certain: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,6 +215,13 @@ class Seen:
 
     device: int
     contents: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Mark: what was not certain is; `done`: the step was carried out."""
+
+    done: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +254,7 @@ class Oracle:
         self._acknowledged: set[int] = set()
         self._step: Step | None = None
         self._taken: DeviceModel | None = None
-        self._unknown: list[tuple[Step, DeviceModel | None]] = []
+        self._doubt: tuple[Step, DeviceModel | None, World] | None = None  # with the world before
         self._watched: list[tuple[int, DeviceModel]] = []
 
     def watch(self, model: DeviceModel) -> DeviceModel:
@@ -275,14 +286,16 @@ class Oracle:
             case StepBegin(step):
                 self._step = step
                 self._taken = None if step.source is None else self.watch(self.world[step.source])
-            case StepEnd(step, done):
-                if done:
-                    self.world = step.apply(self.world, self._taken)
-                if done is None:
-                    self._unknown.append((step, self._taken))
+            case StepEnd(step, done, certain):
+                if done is None or not certain:
+                    self._doubt = step, self._taken, self.world
                 elif self._taken is not None:
                     self.unwatch(self._taken)
+                if done:
+                    self.world = step.apply(self.world, self._taken)
                 self._step = self._taken = None
+            case Settled(done):
+                self._settle(done=done)
             case Restart():
                 self._acknowledged.clear()
                 for device in self.world.values():
@@ -296,6 +309,15 @@ class Oracle:
         if isinstance(mark, End):
             return mark.durable
         return isinstance(mark, FlushEnd | StepEnd | Seen)
+
+    def _settle(self, *, done: bool) -> None:
+        assert self._doubt is not None
+        step, taken, before = self._doubt
+        if done != (self.world is not before):
+            self.world = step.apply(before, taken) if done else before
+        self._doubt = None
+        if taken is not None:
+            self.unwatch(taken)
 
     def _end(self, change: Change, stage: Stage, *, durable: bool) -> None:
         device = self._device(change.device)
@@ -314,5 +336,6 @@ class Oracle:
         yield self.world
         if self._step is not None:
             yield self._step.apply(self.world, self._taken)
-        for step, taken in self._unknown:
-            yield step.apply(self.world, taken)
+        if self._doubt is not None:
+            step, taken, before = self._doubt
+            yield step.apply(before, taken) if self.world is before else before

@@ -99,6 +99,8 @@ def with_fault(seed: int, fault: Fault, count: Count, steps: int = STEPS) -> Non
         if not fault.lasting:
             compare(run)
         behaves_after_giving_up(run)
+        if fault.lasting:
+            compare_what_can_be_read(run)
         journal_is_no_ones_trouble(run)
         count.refused += run.refused
         count.gave_up += run.pool.engine.failure is not None
@@ -122,13 +124,36 @@ def with_fault(seed: int, fault: Fault, count: Count, steps: int = STEPS) -> Non
 
 
 def compare(run: FaultyScenario) -> None:
-    """Everything reads right; where the fault falls into reading itself, at the second try."""
+    """Everything reads right, under its name; where the fault falls into reading itself, at the second try."""
+    if not run.over:
+        compare_shown_names(run)
     try:
         run.compare_all()
     except FAILURES:
         if not run.fault.struck:
             raise
         run.compare_all()
+
+
+def compare_shown_names(run: FaultyScenario) -> None:
+    """The open pool shows the devices it should."""
+    problem = compare_names(run.oracle.world, run.pool.catalog.entries())
+    if problem is not None:
+        raise Violation(f"the open pool shows: {problem}")
+
+
+def compare_what_can_be_read(run: FaultyScenario) -> None:
+    """The disk works again: of a pool that gave up for good everything reads right or not at all, all else right."""
+    run.heal()
+    if run.over:
+        return
+    compare_shown_names(run)
+    for name in run.oracle.world:
+        try:
+            run.compare(name)
+        except OSError:
+            if not run.pool.engine.tree_unknown:
+                raise
 
 
 def journal_is_no_ones_trouble(run: FaultyScenario) -> None:

@@ -1,0 +1,194 @@
+"""A pool that gave up in the middle of a change stays readable: names, sizes and content are those of one state.
+
+Each kind of change is done on a simulated disk of which one operation fails, every one in turn. Afterwards every
+device can be read under its name, and opening the pool again shows exactly the same.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from metadata import MetadataError
+from tests.fakes.disk_history import Contents
+from tests.fakes.simulated_disk import SimulatedDisk
+from thinpool.errors import PoolPoisoned, ThinPoolError
+from thinpool.extents import HOLE
+from thinpool.pool import Pool
+
+BLOCK_BYTES = 65536
+Shown = dict[str, tuple[int, bytes]]
+
+CHANGES: dict[str, Callable[[Pool], object]] = {
+    "create": lambda pool: pool.create_device("more", BLOCK_BYTES),
+    "snapshot": lambda pool: pool.create_snapshot("disk", "tuesday"),
+    "delete": lambda pool: pool.delete("disk"),
+    "rollback": lambda pool: pool.rollback("disk", "monday", keep=False),
+    "rollback and keep": lambda pool: pool.rollback("disk", "monday", keep="before"),
+    "shrink": lambda pool: pool.resize("disk", BLOCK_BYTES, shrink=True),
+    "lengthen": lambda pool: pool.resize("disk", 6 * BLOCK_BYTES),
+    "rename": lambda pool: pool.rename("disk", "other"),
+}
+
+
+@dataclass
+class OneFault:
+    """Fails operation `number`, counted from the first on; -1 only counts."""
+
+    number: int = -1
+    seen: list[str] = field(default_factory=list)
+
+    def before(self, operation: str, count: int) -> int:
+        self.seen.append(operation)
+        if len(self.seen) - 1 == self.number:
+            raise OSError(errno.EIO, "injected")
+        return count
+
+
+def write(pool: Pool, name: str, offset: int, content: bytes) -> None:
+    entry = pool.catalog.by_name(name)
+    assert entry is not None
+    session = pool.open_session(entry)
+    session.enter()
+    session.write(offset, memoryview(content))
+    session.leave()
+    session.sent()
+    session.close()
+
+
+def prepared() -> tuple[SimulatedDisk, Pool]:
+    """A device that differs from its snapshot, part of which was answered and never flushed."""
+    disk = SimulatedDisk(Contents(), metadata_blocks=256)
+    disk.format(data_blocks=24)
+    pool = disk.open()
+    pool.create_device("disk", 4 * BLOCK_BYTES + 512)
+    write(pool, "disk", 0, b"m" * 4 * BLOCK_BYTES)
+    pool.create_snapshot("disk", "monday")
+    write(pool, "disk", BLOCK_BYTES // 2, b"t" * 3 * BLOCK_BYTES)
+    return disk, pool
+
+
+def shown(pool: Pool) -> Shown:
+    """Size and content by name, read as a client reads; holes are told as they read."""
+    found = {}
+    for entry in pool.catalog.entries():
+        session = pool.open_session(entry)
+        content = bytes(session.read_bytes(0, entry.size_bytes))
+        position = 0
+        for length, kind in session.extents(0, entry.size_bytes):
+            assert kind != HOLE or not any(content[position : position + length]), entry.name
+            position += length
+        assert position == entry.size_bytes
+        session.close()
+        found[entry.name] = entry.size_bytes, content
+    return found
+
+
+def operations(change: Callable[[Pool], object]) -> list[str]:
+    disk, pool = prepared()
+    fault = OneFault()
+    disk.before = fault.before
+    change(pool)
+    disk.before = None
+    pool.close()
+    disk.close()
+    return fault.seen
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_every_device_reads_right_under_its_name(kind: str) -> None:
+    change = CHANGES[kind]
+    gave_up = 0
+    for number, operation in enumerate(operations(change)):
+        disk, pool = prepared()
+        before = shown(pool)
+        disk.before = OneFault(number).before
+        try:
+            change(pool)
+        except (OSError, MetadataError, ThinPoolError):
+            pass
+        else:
+            assert operation == "data punch", f"{kind} does not care that {operation} failed"
+        disk.before = None
+        now = shown(pool)
+        if now != before:
+            assert now.keys() != before.keys() or now["disk"] != before["disk"]
+            assert now["monday"] == before["monday"]
+        if pool.engine.failure is not None:
+            gave_up += 1
+            with pytest.raises(PoolPoisoned):
+                pool.create_device("one-more", BLOCK_BYTES)
+        pool.close()
+        again = disk.open()
+        assert same_but_for_what_was_not_flushed(shown(again), now), f"{kind}, {operation} failed"
+        again.engine.data.close()
+        disk.close()
+    assert gave_up or kind == "rename"
+
+
+def same_but_for_what_was_not_flushed(later: Shown, earlier: Shown) -> bool:
+    """Where the pool gave up, writes that were never flushed are in the memory of the process only."""
+    if later.keys() != earlier.keys():
+        return False
+    for name, (size_bytes, content) in later.items():
+        if size_bytes != earlier[name][0]:
+            return False
+        if content != earlier[name][1]:
+            lost = earlier[name][1]
+            if any(
+                new != old and (new, old) != (ord("m"), ord("t"))
+                for new, old in zip(content, lost, strict=True)
+            ):
+                return False
+    return True
+
+
+def test_a_pool_whose_committed_state_cannot_be_read_again_shows_nothing_it_does_not_know() -> None:
+    disk, pool = prepared()
+    pool.create_device("never looked at", BLOCK_BYTES)
+    entry = pool.catalog.by_name("never looked at")
+    assert entry is not None
+
+    def metadata_is_gone(operation: str, count: int) -> int:
+        if operation.startswith("metadata"):
+            raise OSError(errno.EIO, "injected")
+        return count
+
+    disk.before = metadata_is_gone
+    with pytest.raises(OSError, match="injected"):
+        pool.create_snapshot("disk", "tuesday")
+    disk.before = None
+    # What is in the block map was answered for; the rest may be half a change.
+    session = pool.open_session(pool.catalog.by_name("disk"))  # type: ignore[arg-type]
+    assert session.read_bytes(BLOCK_BYTES // 2, 1) == b"t"
+    session.close()
+    unknown = pool.open_session(entry)
+    with pytest.raises(OSError, match="could not be read again"):
+        unknown.read_bytes(0, 512)
+    with pytest.raises(OSError, match="could not be read again"):
+        unknown.extents(0, 512)
+    unknown.close()
+    pool.close()
+    again = disk.open()
+    assert shown(again)["never looked at"][1] == bytes(BLOCK_BYTES)
+    again.close()
+    disk.close()
+
+
+def test_what_changed_is_refused_where_it_is_not_known() -> None:
+    disk, pool = prepared()
+    disk.before = OneFault(0).before
+    with pytest.raises(OSError, match="injected"):
+        pool.engine.commit_if_dirty()
+    disk.before = None
+    with pytest.raises(PoolPoisoned):
+        pool.diff("monday", "disk")
+    session = pool.open_session(pool.catalog.by_name("disk"))  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="not known after a failed commit"):
+        session.dirty("monday", 0, 4 * BLOCK_BYTES)
+    session.close()
+    pool.close()
+    disk.close()
