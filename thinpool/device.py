@@ -348,20 +348,21 @@ class ThinDevice:
         """Make device `device_id` a snapshot of this one as it is now; the transaction is held.
 
         Every write that was acknowledged is in it: sessions are held off between batches, their new mappings go
-        into the tree, and from the same instant on older mappings count as shared. `then` is called at that instant.
-        `replacing`: another device is deleted in the same step. Raises ReservationNotCovered.
+        into the tree, and from the same instant on older mappings count as shared. `then` is called at that instant,
+        before anything is changed, so that it may fail. `replacing`: another device is deleted in the same step.
+        Raises ReservationNotCovered.
         """
         engine = self.engine
         engine.reservations.cover_sharing(self.device_id)
         with self.quiet():
             self.apply_pending()
+            if then is not None:
+                then()
             with engine.reservations.sharing(self.device_id), engine.changing_tree():
                 engine.metadata.create_snapshot(device_id, self.device_id, replacing=replacing)
                 engine.time = engine.metadata.time
                 self.shared_before = engine.metadata.device(self.device_id).snapshotted_time
             self._judged.setall(0)
-            if then is not None:
-                then()
 
 
 def _lazy_session(device: ThinDevice, lazy: LazyDevice) -> Session:

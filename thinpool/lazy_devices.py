@@ -27,7 +27,7 @@ from .catalog import CatalogEntry, Put
 from .errors import DeviceExists, DeviceIncomplete, NoSuchDevice, PoolDamaged, StoreUnreachable, ThinPoolError
 from .hydration import BackgroundHydration
 from .lazy_device import LazyDevice
-from .remote_blocks import Origin, RemoteBlocks
+from .remote_blocks import Origin, RemoteBlocks, remove_left_over
 from .store.store import Store
 
 if TYPE_CHECKING:
@@ -271,12 +271,10 @@ class LazyDevices:
     def sweep(self) -> None:
         """Delete files that a kill left; the pool was opened for writing."""
         root = self._pool.location.root
-        if root is None or not (root / DIRECTORY).is_dir():
+        if root is None:
             return
         known = {entry.tags[TAG] for entry in self._pool.catalog.entries() if is_lazy(entry)}
-        for path in (root / DIRECTORY).iterdir():
-            if path.name not in known:
-                path.unlink(missing_ok=True)
+        remove_left_over(root / DIRECTORY, known)
         for entry in self._pool.catalog.entries():
             try:
                 self.of(entry)

@@ -1,3 +1,4 @@
+# ruff: noqa: PTH102, PTH104, PTH108, PTH208 -- changes of files are calls of `os`, so that tests can cut each
 """Which blocks of a device still lie in an object store: a bitmap in the pool directory, one file a device.
 
 In: the file, and the order in which bits reach it. Out: fetching (`lazy_device.py`), who has such a file
@@ -15,12 +16,15 @@ other direction:
 
 The file: a header of 4096 bytes (JSON, padded with zeros), then the bits, lowest first. A bit is cleared by writing a
 byte over a byte, so a torn write leaves old bits or new ones, both of which are right.
+
+Every change of a file is a call of `os`: that is where the crash search looks on and cuts.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from bitarray import bitarray
 from .errors import PoolDamaged
 
 HEADER_BYTES = 4096
+READ_BYTES = 1 << 20
 FORMAT = "thinpool remote blocks 1"
 
 
@@ -60,14 +65,16 @@ class RemoteBlocks:
     def create(cls, path: Path, origin: Origin, bits: bitarray) -> RemoteBlocks:
         """Write a new file, durable on return."""
         header = json.dumps({"format": FORMAT, "blocks": len(bits), **asdict(origin)}).encode("ascii")
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(path.parent, 0o700)
         partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(header.ljust(HEADER_BYTES, b"\0"))
-            file.write(bits.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            _write_all(descriptor, header.ljust(HEADER_BYTES, b"\0") + bits.tobytes(), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(partial, path)
         _sync_directory(path.parent)
         _sync_directory(path.parent.parent)
         return cls(path, origin, bits)
@@ -75,7 +82,7 @@ class RemoteBlocks:
     @classmethod
     def open(cls, path: Path) -> RemoteBlocks:
         """Read a file. Raises PoolDamaged, OSError."""
-        data = path.read_bytes()
+        data = _read_all(path)
         try:
             header = json.loads(data[:HEADER_BYTES].rstrip(b"\0"))
             count = header.pop("blocks")
@@ -104,31 +111,62 @@ class RemoteBlocks:
         self.bits[begin:end] = 0
         if self._on_disk.find(1, begin, end) < 0:
             return
-        self._on_disk[begin:end] = 0
-        low, high = begin // 8 * 8, min(-(-end // 8) * 8, len(self._on_disk))
-        self._write(low // 8, self._on_disk[low:high].tobytes())
+        changed = self._on_disk.copy()
+        changed[begin:end] = 0
+        low, high = begin // 8 * 8, min(-(-end // 8) * 8, len(changed))
+        self._write(low // 8, changed[low:high].tobytes())
+        # Not before it is there: what could not be written has to be tried again by the next one.
+        self._on_disk = changed
 
     def checkpoint(self, bits: bitarray) -> None:
         """Clear in the file what is clear in `bits`, which were copied before the last commit; on disk on return."""
         changed = self._on_disk & bits
         if changed != self._on_disk:
-            self._on_disk = changed
             self._write(0, changed.tobytes())
+            self._on_disk = changed
 
     def _write(self, at: int, data: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            rest, at = memoryview(data), HEADER_BYTES + at
-            while rest:
-                done = os.pwrite(descriptor, rest, at)
-                rest, at = rest[done:], at + done
+            _write_all(descriptor, data, HEADER_BYTES + at)
             os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
 
     def remove(self) -> None:
         """Delete the file; it is not needed any more."""
-        self.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def remove_left_over(directory: Path, known: set[str]) -> None:
+    """Delete the files of a directory that no device has, by their names: a kill left them. Raises OSError."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name not in known:
+            with suppress(FileNotFoundError):
+                os.unlink(directory / name)
+
+
+def _read_all(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(descriptor, READ_BYTES):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes, at: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(descriptor, rest, at)
+        rest, at = rest[done:], at + done
 
 
 def _sync_directory(path: Path) -> None:
