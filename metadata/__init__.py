@@ -38,7 +38,7 @@ from .pool_metadata import LeafView, PoolMetadata, Usage
 from .problems import Affected, Fault, Place, Problem, Severity
 from .recount import Extent, recount
 from .repair import DeviceOutcome, Known, Outcome, RepairReport, repair
-from .restore import restore
+from .restore import Instead, restore
 from .store import BlockStore, FileStore, MemoryStore
 from .superblock import Superblock
 
@@ -65,6 +65,7 @@ __all__ = [
     "Extent",
     "Fault",
     "FileStore",
+    "Instead",
     "Known",
     "LeafView",
     "MemoryStore",

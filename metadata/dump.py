@@ -1,7 +1,7 @@
-"""Writing a pool's mappings as XML, byte for byte as thin_dump 0.9 does.
+"""Writing a pool's mappings as text, byte for byte as thin_dump 0.9 does.
 
-In: the whole pool, chosen devices, or the metadata snapshot, as a stream of text. Out: reading XML (xml), damaged
-pools (repair): the first damage ends a dump with an exception.
+In: the whole pool, chosen devices, or the metadata snapshot, as a stream of text. Out: how it is
+worded (dump_format), reading XML (xml), damaged pools (repair): the first damage ends a dump with an exception.
 
 Reads committed blocks straight from storage. Mappings are merged to runs leaf group by leaf group and over the
 borders between them; a group that several devices share is turned into text once and kept while there is room.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from .dump_format import XML, DumpFormat
 from .errors import DeviceIncomplete, NoMetadataSnapshot
 from .pool_metadata import PoolMetadata
 from .runs import RunMerger, Runs, find_runs
@@ -21,13 +22,6 @@ from .walk import LeafGroup, entries, leaf_groups, read_leaves
 
 Write = Callable[[str], object]
 
-_SUPERBLOCK = (
-    '<superblock uuid="" time="%d" transaction="%d" flags="%d" version="%d" data_block_size="%d" '
-    'nr_data_blocks="%d">\n'
-)
-_DEVICE = '  <device dev_id="%d" mapped_blocks="%d" transaction="%d" creation_time="%d" snap_time="%d">\n'
-_RANGE = '    <range_mapping origin_begin="%d" data_begin="%d" length="%d" time="%d"/>\n'
-_SINGLE = '    <single_mapping origin_block="%d" data_block="%d" time="%d"/>\n'
 KEPT_CHARACTERS_DEFAULT = 128 << 20
 
 
@@ -38,9 +32,10 @@ def dump(
     held: bool = False,
     devices: Collection[int] | None = None,
     mappings: bool = True,
+    form: DumpFormat = XML,
     kept_characters: int = KEPT_CHARACTERS_DEFAULT,
 ) -> None:
-    """Write the committed state of a pool as XML.
+    """Write the committed state of a pool as XML, or in another form.
 
     Args:
         source: the storage; of an open pool, its storage as last committed.
@@ -48,6 +43,7 @@ def dump(
         held: dump the metadata snapshot. Its number of data blocks is given as 0, as thin_dump does.
         devices: only these; ids that do not exist are ignored.
         mappings: False leaves devices empty.
+        form: how it is worded.
         kept_characters: memory for the text of leaves that snapshots may share.
 
     Raises:
@@ -61,7 +57,7 @@ def dump(
         if not superblock.held_root:
             raise NoMetadataSnapshot
         superblock = Superblock.unpack(store.read(superblock.held_root, 1), superblock.held_root)
-    _Dump(store, superblock, write, kept_characters).run(devices, mappings=mappings)
+    _Dump(store, superblock, write, form, kept_characters).run(devices, mappings=mappings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +70,15 @@ class _GroupText:
 
 
 class _Dump:
-    def __init__(self, store: BlockStore, superblock: Superblock, write: Write, kept_characters: int) -> None:
+    def __init__(
+        self,
+        store: BlockStore,
+        superblock: Superblock,
+        write: Write,
+        form: DumpFormat,
+        kept_characters: int,
+    ) -> None:
+        self._format = form
         self._store = store
         self._superblock = superblock
         self._write = write
@@ -87,28 +91,18 @@ class _Dump:
         root_of = dict(zip(ids.tolist(), roots.tolist(), strict=True))
         record_ids, records = entries(self._store, 24, superblock.details_root)
         record_of = dict(zip(record_ids.tolist(), records.tolist(), strict=True))
-        self._write(
-            _SUPERBLOCK
-            % (
-                superblock.time,
-                superblock.transaction_id,
-                superblock.flags,
-                superblock.version,
-                superblock.data_block_sectors,
-                superblock.data_space.blocks,
-            )
-        )
+        self._write(self._format.head(superblock))
         for device in sorted(root_of.keys() | record_of.keys()):
             if devices is not None and device not in devices:
                 continue
             for table, missing in ((root_of, "mapping tree"), (record_of, "record")):
                 if device not in table:
                     raise DeviceIncomplete(device, missing)
-            self._write(_DEVICE % (device, *record_of[device]))
+            self._write(self._format.device % (device, *record_of[device]))
             if mappings:
                 self._device(root_of[device])
-            self._write("  </device>\n")
-        self._write("</superblock>\n")
+            self._write(self._format.device_end)
+        self._write(self._format.end)
 
     def _device(self, root: int) -> None:
         merger = RunMerger()
@@ -116,11 +110,11 @@ class _Dump:
             part = self._group(group)
             if part is None:
                 continue
-            self._write(_text(merger.add_runs(part.first)))
+            self._write(self._format.lines(merger.add_runs(part.first)))
             if part.last is not None:
-                self._write(_text(merger.add_runs(part.last)))
+                self._write(self._format.lines(merger.add_runs(part.last)))
                 self._write(part.text)
-        self._write(_text(merger.finish()))
+        self._write(self._format.lines(merger.finish()))
 
     def _group(self, group: LeafGroup) -> _GroupText | None:
         kept = self._kept.get(group.parent)
@@ -133,7 +127,9 @@ class _Dump:
         if len(runs) == 1:
             made = _GroupText(runs, "", None)
         else:
-            made = _GroupText(_slice(runs, 0, 1), _text(_slice(runs, 1, -1)), _slice(runs, -1, None))
+            made = _GroupText(
+                _slice(runs, 0, 1), self._format.lines(_slice(runs, 1, -1)), _slice(runs, -1, None)
+            )
         self._keep(group.parent, made)
         return made
 
@@ -147,21 +143,3 @@ class _Dump:
 
 def _slice(runs: Runs, start: int, stop: int | None) -> Runs:
     return Runs(runs.begins[start:stop], runs.values[start:stop], runs.lengths[start:stop])
-
-
-def _text(runs: Runs) -> str:
-    """The lines of some runs."""
-    if not len(runs):
-        return ""
-    return "".join(
-        [
-            _SINGLE % (begin, data, time) if length == 1 else _RANGE % (begin, data, length, time)
-            for begin, data, length, time in zip(
-                runs.begins.tolist(),
-                runs.data_begins.tolist(),
-                runs.lengths.tolist(),
-                runs.times.tolist(),
-                strict=True,
-            )
-        ]
-    )

@@ -10,6 +10,7 @@ more metadata than the one that was dumped, give or take; thin_restore 0.9 write
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,13 +25,28 @@ from .xml import ByteStream, DeviceHeader, PoolHeader, read_xml
 _MAPPINGS_AT_ONCE = 1 << 20
 
 
-def restore(stream: ByteStream, store: BlockStore, *, data_blocks: int | None = None) -> BuildReport:
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """Figures that overrule those of the XML; None leaves them.
+
+    Attributes:
+        data_blocks: size of the data in blocks, which is 0 in dumps of a metadata snapshot.
+        transaction_id: the pool's, which LVM compares with its own.
+        data_block_sectors: size of a data block. Mappings keep their numbers.
+    """
+
+    data_blocks: int | None = None
+    transaction_id: int | None = None
+    data_block_sectors: int | None = None
+
+
+def restore(stream: ByteStream, store: BlockStore, instead: Instead | None = None) -> BuildReport:
     """Write the pool that `stream` describes over the whole of `store`.
 
     Args:
         stream: XML as thin_dump 0.9 or 1.x writes it, in bytes.
         store: overwritten; its size becomes that of the metadata.
-        data_blocks: instead of the number in the XML, which is 0 in dumps of a metadata snapshot.
+        instead: figures that overrule the XML.
 
     Raises:
         XmlInvalid, RestoreInvalid: what is to be restored is no pool.
@@ -39,7 +55,7 @@ def restore(stream: ByteStream, store: BlockStore, *, data_blocks: int | None = 
         OSError: as the stream and the store raise it.
         Whenever it raises after the superblock was read, the store holds no pool.
     """
-    maker = _Maker(store, data_blocks)
+    maker = _Maker(store, instead or Instead())
     read_xml(stream, maker)
     return maker.finish()
 
@@ -47,19 +63,20 @@ def restore(stream: ByteStream, store: BlockStore, *, data_blocks: int | None = 
 class _Maker:
     """Receives the events of the XML."""
 
-    def __init__(self, store: BlockStore, data_blocks: int | None) -> None:
+    def __init__(self, store: BlockStore, instead: Instead) -> None:
         self._store = store
-        self._data_blocks = data_blocks
+        self._instead = instead
         self._builder: PoolBuilder | None = None
         self._device: DeviceHeader | None = None
         self._runs: list[Runs] = []
 
     def begin_pool(self, header: PoolHeader) -> None:
+        instead = self._instead
         fields = PoolFields(
-            header.data_block_sectors,
-            header.data_blocks if self._data_blocks is None else self._data_blocks,
+            _either(instead.data_block_sectors, header.data_block_sectors),
+            _either(instead.data_blocks, header.data_blocks),
             header.time,
-            header.transaction_id,
+            _either(instead.transaction_id, header.transaction_id),
             header.flags,
             header.uuid,
         )
@@ -96,6 +113,10 @@ class _Maker:
     def finish(self) -> BuildReport:
         assert self._builder is not None
         return self._builder.finish()
+
+
+def _either(given: int | None, found: int) -> int:
+    return found if given is None else given
 
 
 def in_order(parts: list[Runs]) -> Runs:

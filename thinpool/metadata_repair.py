@@ -59,9 +59,9 @@ def repair_into(
     source: PoolLocation,
     target: MetadataTarget,
     *,
-    data_block_bytes: int | None,
-    data_blocks: int | None,
-    transaction_id: int | None,
+    data_block_bytes: int | None = None,
+    data_blocks: int | None = None,
+    transaction_id: int | None = None,
     watch: Watch,
 ) -> Repaired:
     """Repair `source` into `target`, which are not the same.

@@ -23,6 +23,7 @@ from metadata import (
     METADATA_BLOCKS_MAX,
     BuildReport,
     FileStore,
+    Instead,
     MetadataError,
     MetadataFull,
     OutOfRange,
@@ -78,18 +79,18 @@ class Made:
         }
 
 
-def restore_into(stream: ByteStream, name: str, target: MetadataTarget, data_blocks: int | None) -> Made:
-    """Restore XML. `name` is the stream's, for messages; `data_blocks` overrules the XML.
+def restore_into(stream: ByteStream, name: str, target: MetadataTarget, instead: Instead) -> Made:
+    """Restore XML. `name` is the stream's, for messages; `instead` overrules the XML.
 
     Raises DumpUnusable, TargetInUse, PoolBusy, MetadataSpace, BadSize, OSError; the target is then what it was, unless
     it is a block device.
     """
     head = stream.read(HEAD_BYTES)
     found = _DATA_BLOCKS.search(head)
-    blocks = data_blocks if data_blocks is not None else int(found[1]) if found else 0
+    blocks = instead.data_blocks if instead.data_blocks is not None else int(found[1]) if found else 0
     with open_target(target, default_metadata_bytes(max(blocks, 1))) as store:
         try:
-            report = restore(_Joined(head, stream), store, data_blocks=data_blocks)
+            report = restore(_Joined(head, stream), store, instead)
         except (XmlInvalid, RestoreInvalid, OutOfRange) as error:
             raise DumpUnusable(name, str(error)) from error
         except MetadataFull as error:

@@ -305,6 +305,36 @@ def test_dump_of_damage_leaves_no_file(pool: Path, tmp_path: Path):
     assert "no metadata snapshot" in thinpool("dump", "-m", pool, code=3).stderr
 
 
+def test_dump_for_people_and_of_what_can_be_read(pool: Path, tmp_path: Path):
+    assert thinpool("dump", pool, "-f", "human_readable").stdout.startswith("begin superblock: ")
+    whole = thinpool("dump", pool).stdout
+    assert thinpool("dump", pool, "--repair").stdout == whole
+    spoil(pool / "metadata", break_leaf)
+    before = digest(pool / "metadata")
+    done = thinpool("dump", pool, "-r", "-o", tmp_path / "x.xml", code=6)
+    assert "lost, if it was written" in done.stderr
+    assert digest(pool / "metadata") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pool", "x.xml"]
+    repaired = tmp_path / "repaired"
+    thinpool("repair", pool, repaired, code=6)
+    assert (tmp_path / "x.xml").read_text() == thinpool("dump", repaired).stdout != whole
+    assert "metadata snapshot" in thinpool("dump", "-r", "-m", pool, code=2).stderr
+
+
+def test_restore_takes_figures_for_metadata_by_itself_only(pool: Path, tmp_path: Path):
+    text = thinpool("dump", pool).stdout.encode()
+    image = tmp_path / "new"
+    given = ("--transaction-id", 77, "--data-block-size", "128K", "--nr-data-blocks", 99_999)
+    thinpool("restore", "-i", "-", "-o", image, *given, stdin=text)
+    head = thinpool("dump", image).stdout.splitlines()[0]
+    assert 'transaction="77"' in head
+    assert 'data_block_size="256" nr_data_blocks="99999"' in head
+    before = digest(pool / "metadata")
+    thinpool("restore", "-i", "-", "-o", pool, "--transaction-id", 77, stdin=text, code=2)
+    thinpool("restore", "-i", "-", "-o", image, "--force", "--data-block-size", "1000", stdin=text, code=2)
+    assert digest(pool / "metadata") == before
+
+
 def test_restore_into_files_and_pools(pool: Path, tmp_path: Path):
     text = thinpool("dump", pool).stdout
     image = tmp_path / "new"

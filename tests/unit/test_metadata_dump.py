@@ -23,6 +23,7 @@ from metadata import (
     format_pool,
     recount,
 )
+from metadata.dump_format import HUMAN_READABLE
 from metadata.runs import RunMerger
 from tests.fakes.dump_texts import IMAGES, TWO_DEVICES, our_dump, run
 from tests.fakes.metadata_edits import Image
@@ -37,6 +38,7 @@ def test_images_made_by_thin_restore(require_tool, tmp_path: Path, name: str):
     thin_restore(IMAGES[name], path, blocks=3000)
     store = FileStore(path, writable=False)
     assert our_dump(store) == assert_clean(path)
+    assert our_dump(store, form=HUMAN_READABLE) == run_tool("thin_dump", "-f", "human_readable", path)[1]
     # thin_restore leaves a scratch block in its figures; counts and trees are right all the same.
     assert all(problem.severity is Severity.HINT for problem in recount(store))
     store.close()
@@ -48,7 +50,11 @@ def test_choice_of_devices_and_no_mappings(require_tool, tmp_path: Path):
     path = tmp_path / "metadata"
     thin_restore(IMAGES["six devices naming the same blocks"], path, blocks=3000)
     store = FileStore(path, writable=False)
-    for option, ours in ((["--dev-id", "3"], {"devices": {3}}), (["--skip-mappings"], {"mappings": False})):
+    for option, ours in (
+        (["--dev-id", "3"], {"devices": {3}}),
+        (["--skip-mappings"], {"mappings": False}),
+        (["--format", "human_readable"], {"form": HUMAN_READABLE}),
+    ):
         code, said = run_tool("thin_dump", *option, path)
         assert code == 0
         assert our_dump(store, **ours) == said

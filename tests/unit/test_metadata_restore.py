@@ -14,6 +14,7 @@ from hypothesis import given
 from metadata import (
     BuildReport,
     FileStore,
+    Instead,
     MemoryStore,
     MetadataError,
     MetadataFull,
@@ -28,12 +29,14 @@ from metadata.dump import dump
 from metadata.node import CAPACITY
 from metadata.tree_build import cut_points
 from tests.fakes.dump_texts import IMAGES, TWO_DEVICES, device, our_dump, pool, run
-from tests.fakes.thin_tools import assert_clean, thin_restore
+from tests.fakes.thin_tools import assert_clean, run_tool, thin_restore
 
 
-def restored(xml: str | bytes, blocks: int = 3000, **options) -> tuple[MemoryStore, BuildReport]:
+def restored(
+    xml: str | bytes, blocks: int = 3000, instead: Instead | None = None
+) -> tuple[MemoryStore, BuildReport]:
     store = MemoryStore(blocks)
-    report = restore(io.BytesIO(xml if isinstance(xml, bytes) else xml.encode()), store, **options)
+    report = restore(io.BytesIO(xml if isinstance(xml, bytes) else xml.encode()), store, instead)
     problems = recount(store)
     assert not problems, "\n".join(map(str, problems))
     assert PoolMetadata.open(store).metadata_blocks_allocated == report.metadata_blocks_used
@@ -76,8 +79,23 @@ def test_dump_of_a_metadata_snapshot_needs_the_number_of_data_blocks(kernel_imag
     with pytest.raises(RestoreInvalid):
         restore(io.BytesIO(text.encode()), MemoryStore(3000))
     blocks = PoolMetadata.open(MemoryStore(image), writable=False).data_blocks
-    store, _ = restored(text, data_blocks=blocks)
+    store, _ = restored(text, instead=Instead(data_blocks=blocks))
     assert our_dump(store) == our_dump(MemoryStore(image))
+
+
+@pytest.mark.peer
+def test_figures_given_overrule_those_of_the_xml_as_thin_restore_takes_them(require_tool, tmp_path: Path):
+    require_tool("thin_restore")
+    text = IMAGES["small with holes"]
+    store, _ = restored(text, instead=Instead(data_blocks=300_000, transaction_id=41, data_block_sectors=256))
+    xml, theirs = tmp_path / "xml", tmp_path / "theirs"
+    xml.write_text(text)
+    theirs.write_bytes(bytes(3000 * 4096))
+    given = ["--transaction-id", "41", "--data-block-size", "256", "--nr-data-blocks", "300000"]
+    code, said = run_tool("thin_restore", "-i", xml, "-o", theirs, *given)
+    assert code == 0, said
+    assert our_dump(store) == run_tool("thin_dump", theirs)[1]
+    assert 'transaction="41"' in our_dump(store).splitlines()[0]
 
 
 def test_a_restored_pool_can_be_used():

@@ -71,16 +71,21 @@ def repair_command(ctx: click.Context, /, source: str, target: str, **how: Any) 
 
 def _print(repaired: Repaired, target: str) -> None:
     report = repaired.report
-    for remark in report.remarks:
-        click.echo(f"note: {remark}")
-    for device in report.devices:
-        for line in _lines(device, repaired):
-            click.echo(line)
+    for line in report_lines(repaired):
+        click.echo(line)
     whole = sum(device.outcome.name in ("WHOLE", "FOUND") for device in report.devices)
     click.echo(
         f"{shown_path(target)}: {whole} of {len(report.devices)} devices complete, "
         f"{report.built.mapped_blocks} mappings, {iec(report.built.metadata_blocks_used * 4096)} of metadata used"
     )
+
+
+def report_lines(repaired: Repaired) -> list[str]:
+    """What became of each device, and what there is to say of the repair as a whole."""
+    lines = [f"note: {remark}" for remark in repaired.report.remarks]
+    for device in repaired.report.devices:
+        lines += _lines(device, repaired)
+    return lines
 
 
 def _lines(device: DeviceOutcome, repaired: Repaired) -> list[str]:
