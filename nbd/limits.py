@@ -12,6 +12,9 @@ class Limits:
 
     connections_max: int = 1024
     """Open connections of all kinds; newcomers beyond are closed at once."""
+    descriptors_kept: int = 16
+    """File descriptors of the process that connections leave alone, but at most a quarter of all; newcomers beyond are
+    closed at once. What the devices are made of may have to open files."""
     unfinished_handshakes_max: int = 256
     """Connections still negotiating; beyond it the oldest one gives way."""
     handshake_seconds: float = 30.0

@@ -6,6 +6,7 @@ its batch while every later request is answered with ESHUTDOWN; then all are dis
 by their own threads before `shutdown` returns.
 """
 
+import resource
 import select
 import socket
 import threading
@@ -152,12 +153,22 @@ class Server:
                 f"more than {self._services.limits.connections_max} connections: one was turned away"
             )
             return
+        if not self._leaves_descriptors(sock):
+            sock.close()
+            self._services.log("the limit of open files (ulimit -n) is near: a connection was turned away")
+            return
         self._table.make_room()
         try:
             self._table.start(Connection(self._services, sock, _peer_name(sock)))
         except (OSError, RuntimeError) as error:
             sock.close()
             self._services.log(f"a connection could not be served: {error}")
+
+    def _leaves_descriptors(self, sock: socket.socket) -> bool:
+        """Whether there are descriptors left for other things: a socket always gets the lowest one that is free."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        kept = min(self._services.limits.descriptors_kept, limit // 4)
+        return limit == resource.RLIM_INFINITY or sock.fileno() < limit - kept
 
     # --- looking and ending
     # ------------------------------------------------------------------------------------

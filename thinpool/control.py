@@ -23,6 +23,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ from starlette.types import Receive, Scope, Send
 from .control_transfers import Holds, hold_route, receive_route
 from .errors import BadRequest, ExitCode, RemoteFailure, ServerStartFailed, ServerStopping, ThinPoolError
 from .operations import OperatedPool, as_leaf, execute
+from .service_errors import lacking_resources
 from .unix_sockets import listen
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ BODY_BYTES_MAX = 1 << 20
 START_SECONDS = 10.0
 GRACE_SECONDS_MAX = 3600.0
 HOLD_POLL_SECONDS = 0.2
+TROUBLE_SECONDS = 60.0
 STATUS_OF_EXIT_CODE = {
     ExitCode.USAGE: 400,
     ExitCode.NOT_FOUND: 404,
@@ -225,6 +228,25 @@ def _answering(host: Host, handler: Handler) -> Handler:
     return answer
 
 
+def _loop_trouble() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What the event loop does with its own errors: one line about connections it cannot accept, now and then.
+
+    asyncio tries again after a second, as often as there are places in its queue, and would log a traceback each time.
+    """
+    told = -TROUBLE_SECONDS
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told
+        error = context.get("exception")
+        if not isinstance(error, OSError) or lacking_resources(error, "") is None:
+            loop.default_exception_handler(context)
+        elif time.monotonic() - told >= TROUBLE_SECONDS:
+            told = time.monotonic()
+            log.warning("the control API cannot take requests: %s", error.strerror)
+
+    return handle
+
+
 class _QuietServer(uvicorn.Server):
     """uvicorn without its ten wake-ups a second: the server of an idle pool uses no CPU."""
 
@@ -236,6 +258,7 @@ class _QuietServer(uvicorn.Server):
     async def main_loop(self) -> None:
         """Wait for `leave`."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_loop_trouble())
         await self.on_tick(0)
         while not self.should_exit:
             await self._leave.wait()
@@ -255,6 +278,7 @@ class ControlServer:
     def __init__(self, host: Host, path: Path) -> None:
         self._path = path
         self._holds = Holds()
+        self._failure: OSError | None = None
         self._listener: socket.socket = listen(path, 0o600)
         configuration = uvicorn.Config(
             application(host, self._holds),
@@ -273,10 +297,13 @@ class ControlServer:
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
     def _run(self) -> None:
-        self._server.run(sockets=[self._listener])
+        try:
+            self._server.run(sockets=[self._listener])
+        except OSError as error:
+            self._failure = error
 
     def start(self) -> None:
-        """Answer from now on. Raises ServerStartFailed."""
+        """Answer from now on. Raises ServerStartFailed, OSError."""
         self._thread.start()
         # The listener queues connections already; a thread that ends at once is what must not go unnoticed.
         waited = threading.Event()
@@ -286,6 +313,8 @@ class ControlServer:
             if not self._thread.is_alive():
                 break
             waited.wait(0.01)
+        if self._failure is not None:
+            raise self._failure
         raise ServerStartFailed(reason=f"the control API on {self._path} did not come up")
 
     def close(self) -> None:

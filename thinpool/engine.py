@@ -18,6 +18,7 @@ was written, so whatever the superblock can reach was durable before it.
 from __future__ import annotations
 
 import errno
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +74,10 @@ class Engine:
         log: Log,
         journal: MappingJournal | None = None,
     ) -> None:
+        if writable:
+            # numpy imports this when `unique` is called first. In the middle of a commit that may fail for lack of file
+            # descriptors, and would cost the pool.
+            importlib.import_module("numpy.ma")
         self.metadata = metadata
         self.data = data
         self.writable = writable

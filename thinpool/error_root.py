@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     NO_SPACE = 5
     DAMAGED = 6
     SERVER = 7
+    RESOURCES = 8
     INTERRUPTED = 130
 
 

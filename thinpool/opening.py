@@ -6,6 +6,7 @@ however many mappings there are: no full check is needed after a crash, because 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -38,6 +39,8 @@ METADATA_BLOCKS_MIN = 512
 METADATA_BLOCKS_DEFAULT_MIN = 16384
 METADATA_BLOCKS_MAX = 255 * 16320  # drivers/md/dm-thin-metadata.h, THIN_METADATA_MAX_SECTORS
 # A device found without a name is as long as its last mapping says, rounded to LVM's usual extent.
+# Failures that say nothing about a file: the next try may go well.
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 UNNAMED_SIZE_STEP_BYTES = 4 << 20
 
 log = logging.getLogger("thinpool")
@@ -177,6 +180,8 @@ def _entries_left(location: PoolLocation) -> list[Entry]:
     except FileNotFoundError:
         return []  # what is missing is told by whoever opens it for use
     except OSError as error:
+        if error.errno in PASSING:
+            raise  # what a killed server had answered must not be dropped for that
         log.warning("%s cannot be read, so nothing is taken from it: %s", path, error)
         return []
 
@@ -221,6 +226,8 @@ def _begin_journal(location: PoolLocation) -> MappingJournal | None:
                 undoing.pop_all()
                 return journal
     except OSError as error:
+        if error.errno in PASSING:
+            raise
         log.warning("writes that are not flushed will not outlive a killed server: %s", error)
     return None
 

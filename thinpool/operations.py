@@ -22,6 +22,7 @@ from .errors import (
     SystemFailure,
     ThinPoolError,
 )
+from .service_errors import lacking_resources
 
 if TYPE_CHECKING:
     from .catalog import Catalog
@@ -328,6 +329,9 @@ def as_leaf(error: Exception, pool_path: str) -> Exception:
     """Return `error` as a leaf of ThinPoolError. Mistakes of the program (TypeError and such) stay what they are."""
     if isinstance(error, ThinPoolError):
         return error
+    lacking = lacking_resources(error, pool_path)
+    if lacking is not None:
+        return lacking
     if isinstance(error, OSError):
         return _os_leaf(error, pool_path)
     # Imported here: the client side of a served pool must not load the metadata package and numpy.

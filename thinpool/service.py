@@ -39,6 +39,7 @@ from . import __version__
 from .control import ControlServer
 from .errors import NoSuchDevice, PoolBusy, PoolServed, ServerStartFailed, ThinPoolError
 from .exports import PoolExports
+from .operations import as_leaf
 from .pool import Pool
 from .pool_access import BUSY_SECONDS, RETRY_SECONDS, PoolAccess, open_here
 from .pool_location import PoolLocation
@@ -101,12 +102,18 @@ class Service:
         Raises ThinPoolError where the service could not start, with everything undone.
         """
         with self._closing, _signals(self._on_signal):
-            self._start()
+            self._start_or_say_why()
             announce(self.describe())
             tell_supervisor(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {self.pool_path}")
             self._stop.wait()
             tell_supervisor("STOPPING=1")
             log.info("stopping")
+
+    def _start_or_say_why(self) -> None:
+        try:
+            self._start()
+        except (OSError, MemoryError) as error:
+            raise as_leaf(error, self.pool_path) from error
 
     def _start(self) -> None:
         settings = self._settings

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 from .error_root import ExitCode, ThinPoolError, leaf
 from .wording import escaped, quoted, shown_path
 
@@ -92,6 +95,37 @@ class SystemFailure(ThinPoolError):
     def __str__(self) -> str:
         where = f"{shown_path(self.path)}: " if self.path else ""
         return f"{where}{escaped(self.reason)}"
+
+
+@leaf(ExitCode.RESOURCES)
+class OutOfResources(ThinPoolError):
+    """The process or the machine has no memory, file descriptors or threads left; nothing is wrong with the pool."""
+
+    path: str
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"{shown_path(self.path)}: " if self.path else ""
+        return f"{where}{escaped(self.reason)}; {RESOURCE_ADVICE.get(self.number, 'try again later')}"
+
+
+# By errno, as errno(3) has it: the limit of the process (setrlimit(2)) or of the system that was met.
+RESOURCE_ADVICE = {
+    errno.EMFILE: "raise the limit of the process (`ulimit -n`)",
+    errno.ENFILE: "raise the limit of the system (fs.file-max)",
+    errno.ENOMEM: "give the process more memory or address space (`ulimit -v`)",
+}
+
+
+def lacking_resources(error: Exception, path: str) -> OutOfResources | None:
+    """The leaf for an error of the system or of Python that says that something has run out; None for others."""
+    if isinstance(error, MemoryError):
+        return OutOfResources(path, errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if not isinstance(error, OSError) or error.errno not in RESOURCE_ADVICE:
+        return None
+    where = path if error.filename is None else str(error.filename)
+    return OutOfResources(where, error.errno, os.strerror(error.errno))
 
 
 @leaf(ExitCode.SERVER)

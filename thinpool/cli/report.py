@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from thinpool.errors import ExitCode, ThinPoolError
+from thinpool.service_errors import lacking_resources
 from thinpool.wording import escaped
 
 JSON_VERSION = 1
@@ -30,6 +31,7 @@ EXIT_CODES = {
     ExitCode.NO_SPACE: "no space in the pool, its metadata or its file system",
     ExitCode.DAMAGED: "not a pool, or a damaged one",
     ExitCode.SERVER: "no server, or it cannot be reached",
+    ExitCode.RESOURCES: "no memory or file descriptors left; nothing is wrong with the pool",
     ExitCode.INTERRUPTED: "interrupted",
 }
 EXIT_CODES_HELP = "Exit codes:\n" + "\n".join(
@@ -95,6 +97,7 @@ def _run(command: click.Command, given: list[str]) -> int:
 
 def described(error: Exception) -> tuple[int, str, dict[str, Any]]:
     """Return exit code, sentence and JSON form of any exception."""
+    error = lacking_resources(error, "") or error
     if isinstance(error, ThinPoolError):
         return int(error.exit_code), str(error), error.to_json()
     if isinstance(error, OSError):
