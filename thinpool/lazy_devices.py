@@ -130,7 +130,7 @@ class LazyDevices:
             if present.receiving is None and present.content_id == manifest.about.device:
                 return present
             raise DeviceExists(request.name)
-        origin = _held(store, manifest, request)
+        manifest, origin = _held(store, manifest, request)
         try:
             return self._create(request, manifest, origin)
         except BaseException:
@@ -329,8 +329,11 @@ def _receiving(request: PullRequest, manifest: Manifest) -> str:
     )
 
 
-def _held(store: Store, manifest: Manifest, request: PullRequest) -> Origin:
-    """Keep the snapshot's packs from the collector. Where we may not write, the snapshot itself has to stay."""
+def _held(store: Store, manifest: Manifest, request: PullRequest) -> tuple[Manifest, Origin]:
+    """Keep the snapshot's packs from the collector. Where we may not write, the snapshot itself has to stay.
+
+    Returns the manifest that is held: another one where the snapshot was forgotten and pushed again meanwhile.
+    """
     hold: str | None = None
     try:
         hold = store.hold(manifest)
@@ -338,11 +341,15 @@ def _held(store: Store, manifest: Manifest, request: PullRequest) -> Origin:
         log.warning("no hold could be written, the snapshot must not be forgotten meanwhile: %s", error)
     if hold is not None:
         try:
-            store.snapshot(request.snapshot)  # still there: so the collector sees one of the two
+            # Still there, and the same: so the collector sees one of the two.
+            present = store.snapshot(request.snapshot)
         except BaseException:
             store.release(hold)
             raise
-    return Origin(
+        if present.encode() != manifest.encode():
+            store.release(hold)
+            return _held(store, present, request)
+    return manifest, Origin(
         url=request.url,
         snapshot=request.snapshot,
         content_id=manifest.about.device,

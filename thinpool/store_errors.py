@@ -55,9 +55,27 @@ class StoreRefused(ThinPoolError):
     reason: str
 
     def __str__(self) -> str:
+        local = self.url.startswith("file:")
+        advice = "check the credentials, their rights, and that the bucket exists"
         return (
             f"the store {escaped(self.url)} refuses access to {escaped(self.key)}: {escaped(self.reason)}; "
-            "check the credentials, their rights, and that the bucket exists"
+            f"{'check that it is mounted, and who may write there' if local else advice}"
+        )
+
+
+@leaf(ExitCode.NO_SPACE)
+class StoreFull(ThinPoolError):
+    """The store has no room for another object. What it holds is as it was."""
+
+    url: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"the store {escaped(self.url)} has no room for {escaped(self.key)}: {escaped(self.reason)}; "
+            "make room there (`thinpool forget`, then `thinpool gc --grace 0`) and run the command again; "
+            "it goes on where it was"
         )
 
 

@@ -16,11 +16,17 @@ from nbd.constants import Command, Errno
 from nbd.errors import RemoteError
 from nbd.server import Server
 from nbd.uri import unix_uri
-from thinpool.errors import PoolReadOnly
+from tests.fakes.store_source import FakeDevice, restored
+from thinpool.errors import ExitCode, PoolReadOnly, StoreFull
 from thinpool.exports import PoolExports
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
+from thinpool.store.collecting import collect
+from thinpool.store.fetching import SnapshotReader
+from thinpool.store.known_chunks import KnownChunks
+from thinpool.store.pushing import Push
+from thinpool.store.store import Store
 
 BLOCK = 65536
 MIB = 1 << 20
@@ -171,3 +177,51 @@ def test_a_read_only_file_system_is_served_read_only_or_refused_in_words(small: 
     with pytest.raises(PoolReadOnly):
         pool.create_device("more", MIB)
     pool.close()
+
+
+def _device(blocks: int) -> FakeDevice:
+    device = FakeDevice(16 * MIB)
+    for number in range(blocks):
+        device.write(number, os.urandom(BLOCK))
+    return device
+
+
+def _fill(path: Path) -> None:
+    """Take whatever room there is, to the last page."""
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_store_is_named_and_can_be_emptied_although_marks_need_room(small: Path) -> None:
+    pytest.importorskip("obstore", reason="needs the package obstore")
+    store = Store.open((small / "store").as_uri(), create=True)
+    first = _device(30).snapshot()
+    Push(store, first, "first", KnownChunks(None)).run()
+    with pytest.raises(StoreFull, match=r"has no room for packs/.*thinpool gc") as full:
+        Push(store, _device(200).snapshot(), "second", KnownChunks(None)).run()
+    assert full.value.exit_code == ExitCode.NO_SPACE
+    assert restored(SnapshotReader(store, store.snapshot("first"))) == {
+        number: first.content(number * BLOCK, BLOCK) for number in range(30)
+    }
+    _fill(small / "filler")
+    before = len(store.packs())
+    store.forget("first")  # gives back one page: room for one mark
+    report = collect(store, grace_seconds=0, lease_seconds=0)
+    assert 0 < report.deleted <= before
+    collect(store, grace_seconds=0, lease_seconds=0)
+    assert not store.packs()
+    (small / "filler").unlink()
+    Push(store, first, "again", KnownChunks(None)).run()
+
+
+def test_a_full_store_in_which_nothing_can_go_says_so(small: Path) -> None:
+    pytest.importorskip("obstore", reason="needs the package obstore")
+    store = Store.open((small / "store").as_uri(), create=True)
+    Push(store, _device(30).snapshot(), "first", KnownChunks(None)).run()
+    manifest = store.snapshot("first")
+    store.forget("first")
+    _fill(small / "filler")
+    with pytest.raises(StoreFull, match="has no room for condemned/"):
+        collect(store, grace_seconds=0)
+    assert set(store.packs()) == set(manifest.packs)

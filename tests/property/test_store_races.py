@@ -19,7 +19,7 @@ from tests.fakes.store_source import FakeDevice, FakeSnapshot, restored
 from thinpool.errors import StoreDamaged, StoreUnreachable
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool_location import PoolLocation
-from thinpool.store.backends import open_objects
+from thinpool.store.backends import PARTIAL_SUFFIX, open_objects
 from thinpool.store.collecting import collect
 from thinpool.store.fetching import SnapshotReader
 from thinpool.store.keys import CHUNK_BYTES, create_store
@@ -71,6 +71,14 @@ class Dawdling:
     def delete(self, keys: Sequence[str]) -> None:
         self._pause()
         self._inner.delete(keys)
+
+    def now(self) -> float:
+        self._pause()
+        return self._inner.now()
+
+    def sweep(self, before: float) -> int:
+        self._pause()
+        return self._inner.sweep(before)
 
 
 def _store(url: str, seed: int, failures: float = 0.0) -> Store:
@@ -177,7 +185,6 @@ def test_a_push_whose_packs_were_collected_while_it_slept_sends_them_again() -> 
         collect(store, grace_seconds=0, lease_seconds=0)
         collect(store, grace_seconds=0, lease_seconds=0)
         assert not store.packs()
-        push._settled -= 7 * 86400
         publish(manifest)  # type: ignore[arg-type]
 
     store.publish = sleep_first  # type: ignore[method-assign,assignment]
@@ -361,3 +368,109 @@ def test_killed_pushes_pulls_and_collections_go_on(tmp_path: Path, monkeypatch: 
 def test_killed_at_many_instants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         assert _kill_everything(tmp_path / str(number), monkeypatch, 0.03, 40 * MIB) > 20
+
+
+# --- what is left by the dead ---
+
+
+def _aged(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_unfinished_files_of_a_killed_push_go_and_fresh_ones_stay(tmp_path: Path) -> None:
+    store = Store.open(tmp_path.as_uri(), create=True)
+    device = FakeDevice(4 * MIB)
+    device.write(3, b"something")
+    snapshot = device.snapshot()
+    Push(store, snapshot, "s", KnownChunks(None)).run()
+    for key in ("packs/ab/x", "snapshots/y", "format"):
+        (tmp_path / key).parent.mkdir(exist_ok=True)
+        for age, word in ((7200, "old"), (0, "new")):
+            left = tmp_path / f"{key}.{word}{PARTIAL_SUFFIX}"
+            left.write_bytes(b"half")
+            _aged(left, age)
+    assert collect(store).unfinished_writes == 3
+    assert sorted(path.name for path in tmp_path.rglob(f"*{PARTIAL_SUFFIX}")) == [
+        f"{name}.new{PARTIAL_SUFFIX}" for name in ("format", "x", "y")
+    ]
+    assert _contents(store, "s") == _expected(snapshot)
+
+
+def test_an_object_whose_unfinished_file_is_swept_away_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push that was asleep for longer than the grace period, in the middle of a write."""
+    store = Store.open(tmp_path.as_uri(), create=True)
+    link, rename = os.link, Path.rename
+    swept: list[str] = []
+
+    def sweep_before(path: Path) -> None:
+        if not swept:
+            swept.append(str(path))
+            _aged(path, 7200)
+            assert store.objects.sweep(store.objects.now() - 3600) == 1
+
+    def linked(source: Path, target: Path) -> None:
+        sweep_before(source)
+        link(source, target)
+
+    def renamed(source: Path, target: Path) -> Path:
+        sweep_before(source)
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "link", linked)
+    monkeypatch.setattr(Path, "rename", renamed)
+    assert store.objects.create("index/one", b"whole")
+    swept.clear()
+    store.objects.put("index/two", b"whole")
+    assert [store.objects.get(f"index/{name}") for name in ("one", "two")] == [b"whole"] * 2
+
+
+def test_what_a_killed_collector_asked_the_time_with_goes() -> None:
+    store = Store.open(f"memory://{secrets.token_hex(8)}", create=True)
+    store.objects.put("clock/left", b"\n")
+    assert collect(store, grace_seconds=3600).unfinished_writes == 0
+    time.sleep(1.1)
+    assert collect(store, grace_seconds=0).unfinished_writes == 1
+    assert not store.objects.list("clock/")
+
+
+def test_pulls_of_lost_pools_are_given_up_only_when_asked_to() -> None:
+    store = Store.open(f"memory://{secrets.token_hex(8)}", create=True)
+    device = FakeDevice(4 * MIB)
+    device.write(3, b"something")
+    Push(store, device.snapshot(), "s", KnownChunks(None)).run()
+    store.hold(store.snapshot("s"))
+    store.forget("s")
+    for _ in range(2):
+        assert collect(store, grace_seconds=0).pulls == 1
+    assert store.packs()
+    assert collect(store, grace_seconds=0, pull_seconds=0).pulls_given_up == 1
+    collect(store, grace_seconds=0)
+    assert not store.packs()
+
+
+def test_verifying_beside_pushes_and_forgetting_sees_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot that is pushed after the packs were listed, and one that is forgotten and collected after its manifest."""
+    store = Store.open(f"memory://{secrets.token_hex(8)}", create=True)
+    devices = [FakeDevice(4 * MIB) for _ in range(2)]
+    for number, device in enumerate(devices):
+        device.write(3, b"content %d" % number)
+    Push(store, devices[0].snapshot(), "first", KnownChunks(None)).run()
+    verification = Verification(store, read_data=True)
+    Push(store, devices[1].snapshot(), "second", KnownChunks(None)).run()
+    report = verification.run()
+    assert (report.snapshots, report.faults) == (2, [])
+    decoded = store.decoded
+
+    def forgotten_meanwhile(key: str, content: bytes) -> object:
+        monkeypatch.setattr(store, "decoded", decoded)
+        manifest = decoded(key, content)
+        store.forget(manifest.about.name)
+        collect(store, grace_seconds=0)
+        return manifest
+
+    monkeypatch.setattr(store, "decoded", forgotten_meanwhile)
+    report = Verification(store, read_data=True).run()
+    assert (report.snapshots, report.faults, report.damaged_packs) == (1, [], set())

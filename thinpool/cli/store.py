@@ -211,7 +211,8 @@ def forget_command(*, url: str, names: tuple[str, ...], key_file: Path | None, a
 
 @click.command(
     "gc",
-    epilog="\b\nExamples:\n  thinpool gc s3://bucket/fleet\n  thinpool gc s3://bucket/fleet --grace 0",
+    epilog="\b\nExamples:\n  thinpool gc s3://bucket/fleet\n  thinpool gc s3://bucket/fleet --grace 0\n"
+    "  thinpool gc s3://bucket/fleet --lease 600 --drop-pulls 604800 --json",
 )
 @click.argument("url", metavar="URL")
 @click.option(
@@ -222,18 +223,42 @@ def forget_command(*, url: str, names: tuple[str, ...], key_file: Path | None, a
     metavar="SECONDS",
     help="How long a pack that nobody needs stays before it is deleted, by the store's clock.",
 )
+@click.option(
+    "--lease",
+    type=click.FloatRange(min=0),
+    default=86400.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a push may be silent before it is given up; one at work is heard of every 600 s.",
+)
+@click.option(
+    "--drop-pulls",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Give up pulls that began so long ago, of pools that are lost; never done otherwise.",
+)
 @key_file_option
 @json_option
-def gc_command(*, url: str, grace: float, key_file: Path | None, as_json: bool) -> None:
+def gc_command(
+    *, url: str, grace: float, lease: float, drop_pulls: float | None, key_file: Path | None, as_json: bool
+) -> None:
     """Delete what no snapshot in a store needs. May run at any time, beside pushes and pulls.
 
     What is not needed is marked by one run and deleted by the first that comes after the grace period. Pushes that
-    died are given up after a day.
+    died are given up after a day, or --lease; one that was alive all the same sends again what was deleted. A pull
+    keeps what it needs until it is complete; one that was given up by --drop-pulls has to be begun anew.
     """
+    import math
+
     from thinpool.store.collecting import collect
 
     store = open_store(url, key_file)
-    report = collect(store, grace_seconds=grace)
+    report = collect(
+        store,
+        grace_seconds=grace,
+        lease_seconds=lease,
+        pull_seconds=math.inf if drop_pulls is None else drop_pulls,
+    )
     if as_json:
         emit_json({"collected": asdict(report), "requests": asdict(store.objects.traffic)})
         return
@@ -241,3 +266,11 @@ def gc_command(*, url: str, grace: float, key_file: Path | None, as_json: bool) 
         f"{report.snapshots} snapshots, {report.packs} packs: {report.deleted} deleted ({iec(report.freed_bytes)}), "
         f"{iec(report.waiting_bytes)} to go after the grace period"
     )
+    if report.pushes or report.pulls:
+        click.echo(f"{report.pushes} pushes and {report.pulls} pulls keep what they need")
+    left = report.pushes_given_up + report.pulls_given_up + report.unfinished_writes
+    if left:
+        click.echo(
+            f"given up: {report.pushes_given_up} pushes, {report.pulls_given_up} pulls; "
+            f"{report.unfinished_writes} unfinished writes removed"
+        )

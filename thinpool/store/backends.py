@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,13 @@ from urllib.parse import unquote, urlsplit
 
 from thinpool.errors import BadStoreUrl, StoreExtraMissing
 
-from .objects import AbsentError, Backend, Listed, Objects, PassingError, RefusedError
+from .objects import AbsentError, Backend, FullError, Listed, Objects, PassingError, RefusedError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PARTIAL_SUFFIX = ".partial"
+CLOCK = "clock/"
 # Inside one attempt of ours; a server that is gone is noticed by us, not by obstore's minutes of patience.
 CLIENT_RETRIES = 2
 CLIENT_RETRY_SECONDS = 20
@@ -162,6 +164,24 @@ class ObstoreBackend:
             except Exception as error:
                 raise _kind(error) from error
 
+    def now(self) -> float:
+        """See `objects.Backend`. An object is written and its date looked at."""
+        key = CLOCK + secrets.token_hex(8)
+        self.put(key, b"\n", create=False)
+        try:
+            return self.head(key).modified
+        except AbsentError as error:
+            raise PassingError(key) from error  # another collector swept it away
+        finally:
+            self.delete([key])
+
+    def sweep(self, before: float) -> int:
+        """See `objects.Backend`. An object is there whole or not at all; what asks for the time may be killed."""
+        left = [item.key for item in self.list(CLOCK) if item.modified < before]
+        if left:
+            self.delete(left)
+        return len(left)
+
 
 def _kind(error: Exception) -> Exception:
     if type(error).__name__ in REFUSALS:
@@ -197,6 +217,9 @@ class DirectoryBackend:
             finally:
                 partial.unlink(missing_ok=True)
             _sync_directory(target.parent)
+        except FileNotFoundError as error:
+            # A collector took the file for one that a killed push had left. It is written again.
+            raise PassingError(str(error)) from error
         except OSError as error:
             raise _file_kind(error) from error
         return True
@@ -268,6 +291,29 @@ class DirectoryBackend:
         except OSError as error:
             raise _file_kind(error) from error
 
+    def now(self) -> float:
+        """See `objects.Backend`. A full file system can still tell: nothing is written."""
+        try:
+            os.utime(self._root)  # now by the clock of the file server, where it is one
+            return self._root.stat().st_mtime
+        except OSError as error:
+            raise _file_kind(error) from error
+
+    def sweep(self, before: float) -> int:
+        """See `objects.Backend`. Files that were not complete when their writer was killed."""
+        swept = 0
+        try:
+            for directory, _, names in os.walk(self._root, onerror=_unlisted):
+                for name in names:
+                    path = Path(directory, name)
+                    with suppress(FileNotFoundError):
+                        if name.endswith(PARTIAL_SUFFIX) and path.stat().st_mtime < before:
+                            path.unlink()
+                            swept += 1
+        except OSError as error:
+            raise _file_kind(error) from error
+        return swept
+
 
 def _unlisted(error: OSError) -> None:
     """What cannot be listed must not look empty: the collector decides by listings."""
@@ -286,4 +332,6 @@ def _sync_directory(path: Path) -> None:
 def _file_kind(error: OSError) -> Exception:
     # A failed flush is not asked again as though it had not happened: the file was removed, the push ends here.
     reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FullError(reason)
     return PassingError(reason) if error.errno in (errno.EAGAIN, errno.EINTR) else RefusedError(reason)

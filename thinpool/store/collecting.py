@@ -9,25 +9,28 @@ In: the two phases, and what else is swept up. Out: why it is safe (`store.py` h
     2. After the grace period: read the roots again. A condemned pack that none names is deleted, then its mark.
 
 The grace period is not what makes it safe; it is for stores whose listings lag behind. Ages are taken from the store's
-own clock alone: the collector writes an object and compares with the date that it got. An intent that was not renewed
-for a day belongs to a push that died; should that push wake up again, it finds its packs condemned or gone and sends
-them anew.
+own clock alone, never from that of a host. An intent that was not renewed for a day belongs to a push that died; should
+that push wake up again, it finds its packs condemned or gone and sends them anew.
+
+In a store that is full, no mark can be written either. What is ripe goes first then, and makes room for marks.
 """
 
 from __future__ import annotations
 
-import secrets
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from thinpool.errors import StoreFull
 
 from .manifests import Manifest
 from .objects import Listed
 from .segments import PACK_ID_BYTES
-from .store import CONDEMNED, INDEX, PENDING, Store
+from .store import CONDEMNED, HOLDS, INDEX, PENDING, Store
 
 GRACE_SECONDS = 3600.0
 LEASE_SECONDS = 86400.0
-CLOCK = "clock/"
+SWEEP_SECONDS_MIN = 1.0  # dates of a second's resolution say no less
 PUSH_BYTES = PACK_ID_BYTES - 4
 
 
@@ -43,6 +46,9 @@ class CollectReport:
     deleted: int = 0
     freed_bytes: int = 0
     waiting_bytes: int = 0
+    pushes_given_up: int = 0
+    pulls_given_up: int = 0
+    unfinished_writes: int = 0
 
 
 @dataclass(slots=True)
@@ -53,23 +59,43 @@ class _Roots:
 
 
 def collect(
-    store: Store, *, grace_seconds: float = GRACE_SECONDS, lease_seconds: float = LEASE_SECONDS
+    store: Store,
+    *,
+    grace_seconds: float = GRACE_SECONDS,
+    lease_seconds: float = LEASE_SECONDS,
+    pull_seconds: float = math.inf,
 ) -> CollectReport:
-    """Collect. Raises StoreDamaged where a root cannot be read: then nothing is deleted."""
-    now = _store_time(store)
+    """Collect: packs that nobody needs, intents older than a lease, holds of pulls that began so long ago.
+
+    Raises StoreDamaged where a root cannot be read: then nothing is deleted. Raises StoreFull where there is no room
+    for a single mark and nothing could be deleted.
+    """
+    now = store.objects.now()
     packs = store.packs()
     roots = _roots(store, now, lease_seconds)
     report = roots.report
     report.packs = len(packs)
-    condemned = store.condemned()
-    for pack in packs:
-        if pack not in roots.needed and pack[:PUSH_BYTES] not in roots.shielded and pack not in condemned:
-            store.condemn(pack)
-            report.condemned += 1
-            report.waiting_bytes += packs[pack].size_bytes
+    full = _condemn(store, packs, roots)
     _delete(store, grace_seconds, report)
-    _sweep(store, now, grace_seconds, lease_seconds)
+    _sweep(store, now, (grace_seconds, lease_seconds, pull_seconds), report)
+    room = report.condemned + report.deleted + report.pushes_given_up + report.unfinished_writes
+    if full is not None and not room:
+        raise full
     return report
+
+
+def _condemn(store: Store, packs: dict[bytes, Listed], roots: _Roots) -> StoreFull | None:
+    """Phase one. Returns the error of a store that has no room for a mark; later runs mark the rest."""
+    condemned, report = store.condemned(), roots.report
+    for pack, listed in packs.items():
+        if pack not in roots.needed and pack[:PUSH_BYTES] not in roots.shielded and pack not in condemned:
+            try:
+                store.condemn(pack)
+            except StoreFull as error:
+                return error
+            report.condemned += 1
+            report.waiting_bytes += listed.size_bytes
+    return None
 
 
 def _delete(store: Store, grace_seconds: float, report: CollectReport) -> None:
@@ -77,7 +103,7 @@ def _delete(store: Store, grace_seconds: float, report: CollectReport) -> None:
     condemned = store.condemned()
     if not condemned:
         return
-    now = _store_time(store)
+    now = store.objects.now()
     ripe = {pack for pack, listed in condemned.items() if now - listed.modified >= grace_seconds}
     if not ripe:
         return
@@ -127,26 +153,25 @@ def _need(needed: set[bytes], manifests: Iterable[Manifest]) -> int:
     return count
 
 
-def _store_time(store: Store) -> float:
-    """What time it is by the store's clock, seconds since the epoch."""
-    key = CLOCK + secrets.token_hex(8)
-    store.objects.put(key, b"\n")
-    try:
-        found: Listed | None = store.objects.find(key)
-        assert found is not None
-        return found.modified
-    finally:
-        store.objects.delete([key])
+def _sweep(store: Store, now: float, ages: tuple[float, float, float], report: CollectReport) -> None:
+    """What dead processes left: intents, holds if asked to, indices of which no pack is left, unfinished writes.
 
-
-def _sweep(store: Store, now: float, grace_seconds: float, lease_seconds: float) -> None:
-    """Intents of pushes that died, and indices of which no pack is left."""
-    dead = [item.key for item in store.objects.list(PENDING) if now - item.modified >= lease_seconds]
+    `ages`: grace period, lease of pushes, lease of pulls, in seconds.
+    """
+    grace, lease, pulls = ages
+    dead = [item.key for item in store.objects.list(PENDING) if now - item.modified >= lease]
     # The intent goes a grace period before its packs can: they are condemned by a later collection.
     store.objects.delete(dead)
-    indices = [item for item in store.objects.list(INDEX) if now - item.modified >= max(grace_seconds, 1.0)]
+    report.pushes_given_up = len(dead)
+    if pulls < math.inf:
+        held = [item.key for item in store.objects.list(HOLDS) if now - item.modified >= pulls]
+        store.objects.delete(held)
+        report.pulls_given_up = len(held)
+    grace = max(grace, SWEEP_SECONDS_MIN)
+    indices = [item for item in store.objects.list(INDEX) if now - item.modified >= grace]
     if indices:
         alive = {pack[:PUSH_BYTES].hex() for pack in store.packs()}
         store.objects.delete(
             [item.key for item in indices if item.key.removeprefix(INDEX).split("-")[0] not in alive]
         )
+    report.unfinished_writes = store.objects.sweep(now - grace)

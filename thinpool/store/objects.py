@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from thinpool.errors import StoreDamaged, StoreRefused, StoreUnreachable
+from thinpool.errors import StoreDamaged, StoreFull, StoreRefused, StoreUnreachable
 
 Result = TypeVar("Result")
 ATTEMPTS = 6
@@ -44,8 +44,12 @@ class RefusedError(Exception):
     """The store refused for good."""
 
 
+class FullError(RefusedError):
+    """The store has no room for an object."""
+
+
 class Backend(Protocol):
-    """One service. Raises AbsentError, PassingError, RefusedError, nothing else."""
+    """One service. Raises AbsentError, PassingError, RefusedError, FullError, nothing else."""
 
     def put(self, key: str, data: bytes, *, create: bool) -> bool:
         """Store an object; durable on return. With `create`: False, and nothing done, where the key is taken."""
@@ -61,6 +65,12 @@ class Backend(Protocol):
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; those that are gone already are fine."""
+
+    def now(self) -> float:
+        """What time it is by the clock that dates objects (`Listed.modified`), seconds since the epoch."""
+
+    def sweep(self, before: float) -> int:
+        """Remove what killed processes left that no listing shows, if older than `before`; how much it was."""
 
 
 @dataclass(slots=True)
@@ -78,8 +88,8 @@ class Traffic:
 class Objects:
     """The objects below one URL. Thread-safe.
 
-    Raises StoreUnreachable when the store stays away, StoreRefused when it says no, StoreDamaged when an object
-    that must be there is not.
+    Raises StoreUnreachable when the store stays away, StoreRefused when it says no, StoreFull when it has no room,
+    StoreDamaged when an object that must be there is not.
     """
 
     def __init__(
@@ -177,11 +187,21 @@ class Objects:
             self._ask(keys[0], lambda: self._backend.delete(keys))
             self.traffic.deletes += len(keys)
 
+    def now(self) -> float:
+        """What time it is by the store's clock, seconds since the epoch."""
+        return self._ask("the time", self._backend.now)
+
+    def sweep(self, before: float) -> int:
+        """Remove unfinished writes of processes that were killed, older than `before` by the store's clock."""
+        return self._ask("unfinished writes", lambda: self._backend.sweep(before))
+
     def _ask(self, key: str, request: Callable[[], Result]) -> Result:
         pause = FIRST_PAUSE_SECONDS
         for attempt in range(1, self._attempts + 1):
             try:
                 return request()
+            except FullError as error:
+                raise StoreFull(self.url, key, str(error)) from error
             except RefusedError as error:
                 raise StoreRefused(self.url, key, str(error)) from error
             except PassingError as error:

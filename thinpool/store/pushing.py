@@ -94,7 +94,6 @@ class Push:
         self._refused: set[bytes] = set()
         self._shields: list[str] = []
         self._renewed = 0.0
-        self._settled = 0.0
         self._mapped_chunks = 0
 
     @property
@@ -359,7 +358,6 @@ class Push:
         mapped = manifest.about.mapped_bytes + self._mapped_chunks * CHUNK_BYTES
         self._mapped_chunks = 0
         manifest.about = replace(manifest.about, mapped_bytes=mapped, stored_bytes=self._report.sent_bytes)
-        self._settled = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._store.write_pending(self._push.hex(), self._shields, manifest)
         return self._doubtful(manifest)
 
@@ -373,11 +371,12 @@ class Push:
     def _publish(self, manifest: Manifest) -> set[bytes]:
         """Make the snapshot known, and return what `_settle` does.
 
-        Where this process slept so long since it wrote its intent that the collector may have given it up (a laptop
-        was closed), it looks once more with the snapshot as its root.
+        While the intent is there, the collector saw a root all the time since `_settle` wrote it. Where it is gone,
+        the collector gave this push up (a laptop was closed for a day): it looks once more, with the snapshot as its
+        root. No clock of this host is asked; that of a paused virtual machine stands still.
         """
         self._store.publish(manifest)
-        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._settled < RENEW_SECONDS:
+        if self._store.objects.find(self._pending_key) is not None:
             return set()
         doubtful = self._doubtful(manifest)
         if doubtful:

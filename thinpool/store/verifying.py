@@ -7,7 +7,7 @@ Out: repairing, which is pushing again: a pack that is condemned is used by no l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from thinpool.errors import StoreDamaged
 
@@ -50,7 +50,7 @@ class Verification:
         self._store = store
         self._read_data = read_data
         self._progress = progress or (lambda chunks: None)
-        self._packs = {pack: listed.size_bytes for pack, listed in store.packs().items()}
+        self._packs = self._listed_packs()
         self._proven: set[Place] = set()
         self._bad: dict[Place, tuple[bytes, str]] = {}
         self.report = VerifyReport()
@@ -60,7 +60,7 @@ class Verification:
         wanted = list(names)
         if wanted:
             for name in wanted:
-                self._manifest(self._store.snapshot_key(name), self._store.snapshot(name))
+                self._unless_forgotten(self._store.snapshot_key(name), self._store.snapshot(name))
             return self.report
         for listed in self._store.objects.list(SNAPSHOTS):
             try:
@@ -71,12 +71,25 @@ class Verification:
             except StoreDamaged as error:
                 self.report.faults.append(Fault("?", listed.key, error.reason))
                 continue
-            self._manifest(listed.key, manifest)
+            self._unless_forgotten(listed.key, manifest)
         return self.report
+
+    def _listed_packs(self) -> dict[bytes, int]:
+        return {pack: listed.size_bytes for pack, listed in self._store.packs().items()}
+
+    def _unless_forgotten(self, key: str, manifest: Manifest) -> None:
+        """Verify a snapshot; what is missing of one that is forgotten meanwhile is no fault."""
+        before = self.report
+        self.report = replace(before, faults=list(before.faults), damaged_packs=set(before.damaged_packs))
+        self._manifest(key, manifest)
+        if len(self.report.faults) > len(before.faults) and self._store.objects.find(key) is None:
+            self.report = before
 
     def _manifest(self, key: str, manifest: Manifest) -> None:
         self.report.snapshots += 1
         name = manifest.about.name
+        if any(pack not in self._packs for pack in manifest.packs):
+            self._packs = self._listed_packs()  # it may have been pushed since they were listed
         for pack in manifest.packs:
             if pack not in self._packs:
                 self._fault(name, pack, "it is missing")
