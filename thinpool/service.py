@@ -45,9 +45,10 @@ from .pool_access import BUSY_SECONDS, RETRY_SECONDS, PoolAccess, open_here
 from .pool_location import PoolLocation
 from .serve_settings import ServeSettings
 from .space_watch import SpaceWatch
-from .supervision import pid_file, tell_supervisor, when_parent_ends
+from .supervision import has_terminal, pid_file, tell_supervisor, when_parent_ends
 from .unix_sockets import ADDRESS_BYTES_MAX, listen
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 -- recognised, not bound to
 
 log = logging.getLogger("thinpool")
@@ -90,6 +91,8 @@ class Service:
         self._stop = threading.Event()
         self._started = datetime.datetime.now(datetime.UTC)
         self._server: Server
+        self._hurry: Callable[[], None] = lambda: None
+        self._ends_with_terminal = False
         self._tls: ServerTls | None = None
         self._addresses = Addresses()
         self._closing = contextlib.ExitStack()
@@ -101,7 +104,11 @@ class Service:
 
         Raises ThinPoolError where the service could not start, with everything undone.
         """
-        with self._closing, _signals(self._on_signal):
+        outlives_terminal = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup(1)
+        self._ends_with_terminal = has_terminal() and not outlives_terminal
+        _take_signals(self._on_signal)
+        self._closing.callback(_ignore_signals)
+        with self._closing:
             self._start_or_say_why()
             announce(self.describe())
             tell_supervisor(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {self.pool_path}")
@@ -143,6 +150,7 @@ class Service:
                 listing=settings.listing,
                 log=log.warning,
             )
+            self._hurry = self._server.hurry
             self._closing.callback(self._end_server)
             self._listen()
         except NbdError as error:
@@ -190,11 +198,12 @@ class Service:
         self._server.shutdown(self._grace_seconds)
 
     def _on_signal(self, number: int) -> None:
-        if number == signal.SIGHUP:
+        if number == signal.SIGHUP and not (self._ends_with_terminal and not has_terminal()):
             self._reload()
             return
         if self._stop.is_set():
             self._grace_seconds = 0.0
+            self._hurry()
         self.request_stop(None)
 
     def _reload(self) -> None:
@@ -280,16 +289,15 @@ def _tls(settings: ServeSettings) -> ServerTls | None:
     )
 
 
-@contextlib.contextmanager
-def _signals(handle: Callable[[int], None]) -> Any:
-    """Signals go to `handle` inside the block. Elsewhere than in the main thread they are left alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda received, _: handle(received)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _take_signals(handle: Callable[[int], None]) -> None:
+    """Signals go to `handle` from now on. Elsewhere than in the main thread they are left alone."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, lambda received, _: handle(received))
+
+
+def _ignore_signals() -> None:
+    """For the rest of the process: one that comes late must not change the status of a server that lost nothing."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)

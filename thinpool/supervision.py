@@ -32,6 +32,15 @@ def pid_file(path: Path) -> Iterator[None]:
                 path.unlink()
 
 
+def has_terminal() -> bool:
+    """Whether the process has a controlling terminal; it has none any more once that has hung up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
 def tell_supervisor(message: str) -> None:
     """Send a state such as READY=1 to the supervisor, where there is one (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET")

@@ -96,10 +96,11 @@ class RunningPool:
     def uri(self, device: str) -> str:
         return f"nbd+unix:///{device}?socket={self.socket}"
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         """Start `thinpool serve` and wait until it greets."""
         log = (self.work / "server.log").open("ab")
         command = [sys.executable, "-m", "thinpool", "serve", str(self.path), "--socket", str(self.socket)]
+        command += options
         with log:
             self.server = subprocess.Popen(
                 command,
@@ -110,7 +111,7 @@ class RunningPool:
                 start_new_session=True,
             )
         deadline = time.monotonic() + START_SECONDS_MAX
-        while not self._greets():
+        while not self.greets():
             if self.server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the server did not start:\n{self.log()}")
             time.sleep(0.02)
@@ -119,7 +120,8 @@ class RunningPool:
         """What the server has written so far."""
         return (self.work / "server.log").read_text(errors="replace")
 
-    def _greets(self) -> bool:
+    def greets(self) -> bool:
+        """Whether somebody accepts NBD connections."""
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(self.socket))

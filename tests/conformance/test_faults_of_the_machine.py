@@ -7,11 +7,14 @@ down. Power cuts, kills and I/O errors are elsewhere (docs/crash-safety.md says 
 from __future__ import annotations
 
 import os
+import pty
 import resource
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ import pytest
 
 from nbd import NbdError
 from nbd.client import Client
+from nbd.constants import Command, Errno
 from nbd.limits import Limits
 from tests.conformance.running_pool import ENVIRONMENT, RunningPool
 from thinpool.opening import create_pool, open_pool
@@ -211,3 +215,150 @@ def test_a_device_whose_map_finds_no_memory_is_refused_alone(pool: RunningPool) 
         one.close()
     pool.stop()
     pool.check_metadata()
+
+
+# --- signals ---
+
+
+class StampedWriter:
+    """Writes stamps through a connection of its own until it is told or the server ends it."""
+
+    def __init__(self, pool: RunningPool, device: str, first_block: int) -> None:
+        self.device = device
+        self.answered: dict[int, int] = {}
+        self.ended_by: Exception | None = None
+        self._client = Client.connect(pool.uri(device), timeout_seconds=20)
+        self._first = first_block
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        number = 0
+        try:
+            while True:
+                block = self._first + number % 100
+                self._client.write(block * BLOCK, stamped(number))
+                self.answered[block] = number
+                number += 1
+        except (OSError, NbdError) as error:
+            self.ended_by = error
+
+    def join(self) -> None:
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        self._client.close()
+
+
+def require_ended_well(pool: RunningPool, seconds: float = 20) -> None:
+    """The server has ended by itself, with status 0, and left nothing in the way."""
+    assert pool.server is not None
+    assert pool.server.wait(seconds) == 0, pool.log()
+    assert "Traceback" not in pool.log()
+    left = {path.name for path in pool.path.iterdir()}
+    assert left == {"catalog", "data", "journal", "lock", "metadata"}
+    assert not pool.socket.exists()
+
+
+def require_kept(pool: RunningPool, device: str, answered: dict[int, int]) -> None:
+    """The pool can be opened here and now, and holds these stamps."""
+    opened = open_pool(PoolLocation.directory(pool.path))
+    session = opened.open_session(opened.catalog.by_name(device))  # type: ignore[arg-type]
+    wrong = [
+        block
+        for block, number in answered.items()
+        if session.read_bytes(block * BLOCK, BLOCK) != stamped(number)
+    ]
+    session.close()
+    opened.close()
+    assert not wrong
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT,)])
+def test_signals_under_load_lose_nothing(pool: RunningPool, signals: tuple[signal.Signals, ...]) -> None:
+    """Also not a second one, while the server closes the pool."""
+    writers = [StampedWriter(pool, device, first) for device in ("a", "b") for first in (0, 100)]
+    time.sleep(0.5)
+    for number in signals:
+        os.kill(pid_of(pool), number)
+        time.sleep(0.05)
+    require_ended_well(pool)
+    for writer in writers:
+        writer.join()
+        assert writer.answered
+        require_kept(pool, writer.device, writer.answered)
+    pool.check_metadata()
+
+
+def test_a_second_signal_does_not_wait_for_a_client(pool: RunningPool) -> None:
+    """The first gives a reply that a client does not take a while, the second none."""
+    pool.stop()
+    pool.start("--grace", "600", "--pid-file", str(pool.work / "pid"))
+    pool.access.server()
+    client = Client.connect(pool.uri("a"))
+    client.write(0, stamped(1))
+    reader = Client.connect(pool.uri("b"))
+    reader.write(0, b"x" * (8 * MIB))
+    for _ in range(4):
+        reader.send_request(Command.READ, 0, 8 * MIB)
+    time.sleep(0.2)
+    os.kill(pid_of(pool), signal.SIGTERM)
+    time.sleep(0.5)
+    assert pool.server is not None
+    assert pool.server.poll() is None
+    os.kill(pid_of(pool), signal.SIGTERM)
+    require_ended_well(pool)
+    assert not (pool.work / "pid").exists()
+    require_kept(pool, "a", {0: 1})
+    client.close()
+    reader.close()
+
+
+def test_writes_that_wait_for_space_are_answered_when_a_signal_ends_the_server(pool: RunningPool) -> None:
+    pool.operate("set", settings={"queue-timeout": "0"})
+    pool.operate("create", name="large", size_bytes=64 * MIB, force=True)
+    client = Client.connect(pool.uri("large"), timeout_seconds=20)
+    other = Client.connect(pool.uri("a"), timeout_seconds=20)
+    for number in range(64 * MIB // BLOCK):
+        client.write(number * BLOCK, stamped(number))
+    cookies = [
+        other.send_request(Command.WRITE, block * BLOCK, BLOCK, payload=stamped(block)) for block in range(4)
+    ]
+    deadline = time.monotonic() + 10
+    while "wait for space" not in pool.log() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(pid_of(pool), signal.SIGTERM)
+    assert [other.reply_to(cookie).error for cookie in cookies] == [Errno.ESHUTDOWN] * 4
+    require_ended_well(pool)
+    require_kept(pool, "large", {number: number for number in range(64 * MIB // BLOCK)})
+    client.close()
+    other.close()
+
+
+def test_a_hangup_stops_a_server_only_where_its_terminal_is_gone(pool: RunningPool) -> None:
+    """Elsewhere it means what it means to daemons: read the configuration (certificates, here) again."""
+    client = Client.connect(pool.uri("a"))
+    os.kill(pid_of(pool), signal.SIGHUP)
+    client.write(0, stamped(1))
+    client.close()
+    assert "SIGHUP" in pool.log()
+    pool.stop()
+    child, terminal = pty.fork()
+    if not child:
+        words = [sys.executable, "-m", "thinpool", "serve", str(pool.path), "--socket", str(pool.socket)]
+        os.execve(sys.executable, words, ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 30
+        while not pool.greets() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        pool.access.server()
+        client = Client.connect(pool.uri("b"))
+        client.write(0, stamped(2))
+        os.kill(child, signal.SIGHUP)  # the terminal is there: not the end
+        client.write(BLOCK, stamped(3))
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    client.close()
+    require_kept(pool, "a", {0: 1})
+    require_kept(pool, "b", {0: 2, 1: 3})

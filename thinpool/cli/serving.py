@@ -99,8 +99,10 @@ def serve_command(
 ) -> None:
     """Serve a pool over NBD: every device is an export under its name.
 
-    Runs until SIGTERM or `thinpool stop`. Prints one NBD URI for each device and address; devices made later are
-    exported at once.
+    Runs until SIGTERM, SIGINT or `thinpool stop`; a second signal does not wait for requests in flight any longer,
+    and nothing that was answered is lost by it. SIGHUP reads the certificates of --tls-certificates again; a server
+    whose terminal is gone stops, unless nohup started it. Prints one NBD URI for each device and address; devices
+    made later are exported at once.
     """
     location.require()
     settings = _settings(location.absolute(), options)
