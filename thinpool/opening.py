@@ -13,18 +13,36 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
-from metadata import FileStore, MetadataError, NotPoolMetadata, PoolMetadata, format_pool
+from metadata import (
+    BlockDamaged,
+    CountDamaged,
+    FileStore,
+    MetadataError,
+    NotPoolMetadata,
+    PoolMetadata,
+    ShortRead,
+    format_pool,
+)
 
 from .catalog import Catalog, CatalogEntry, Drop, Put
 from .content_identity import frozen_content_id, identity_of_unnamed
 from .data_file import DataFile
 from .description import METADATA_BLOCK_BYTES
 from .engine import Engine
-from .errors import BadSize, NotAPool, PoolDamaged, PoolExists, PoolNotFound
+from .errors import (
+    BadSize,
+    NotAPool,
+    OpeningFailed,
+    PoolDamaged,
+    PoolExists,
+    PoolNotFound,
+    RecoveryFailed,
+    RecoveryLost,
+)
 from .lvm_names import read_names
 from .mapping_journal import Entry, MappingJournal, Witness, announce_replay, forget_journal, left_behind
 from .pool import Pool
@@ -123,7 +141,8 @@ def open_pool(location: PoolLocation, *, read_only: bool = False) -> Pool:
     """Open a pool for this process alone (shared with other readers when `read_only`).
 
     A pool that is marked `needs_check` opens read-only. Raises PoolNotFound, PoolBusy, NotAPool, PoolDamaged,
-    DataFileMissing, DataFileTooShort, CatalogDamaged.
+    DataFileMissing, DataFileTooShort, CatalogDamaged, CatalogFailed, OpeningFailed, RecoveryFailed, RecoveryLost.
+    Refusing changes nothing: the same opening works when the cause is gone (after RecoveryLost without what it names).
     """
     if not location.metadata_path.exists():
         raise PoolNotFound(str(location))
@@ -136,6 +155,17 @@ def open_pool(location: PoolLocation, *, read_only: bool = False) -> Pool:
 
 
 def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Pool:
+    try:
+        return _opened(location, lock, read_only)
+    except MetadataError as error:
+        raise PoolDamaged(str(location.metadata_path), str(error)) from error
+    except OSError as error:
+        if error.filename is not None or error.errno in PASSING:
+            raise  # it says itself what it is about
+        raise OpeningFailed(str(location), error.strerror or str(error)) from error
+
+
+def _opened(location: PoolLocation, lock: PoolLock, read_only: bool) -> Pool:
     with ExitStack() as undoing:
         entries = _entries_left(location)
         metadata = _open_metadata(location, read_only, in_memory=bool(entries))
@@ -160,21 +190,22 @@ def _open_locked(location: PoolLocation, lock: PoolLock, read_only: bool) -> Poo
         if journal is not None:
             undoing.callback(journal.close)
         engine = Engine(metadata, data, writable=writable, log=log.error, journal=journal)
+        undoing.callback(engine.committer.stop)
+        pool = Pool(location, engine, catalog, [lock])
+        if writable:
+            pool.metadata_readers.release_left_over()
+            pool.lazy.sweep()
+            pool.transfers.drop_frozen_copies()
         undoing.pop_all()
-    pool = Pool(location, engine, catalog, [lock])
-    if writable:
-        pool.metadata_readers.release_left_over()
-        pool.lazy.sweep()
-        pool.transfers.drop_frozen_copies()
     return pool
 
 
 def _entries_left(location: PoolLocation) -> list[Entry]:
     """What a killed process had answered and not committed."""
     path = location.journal_path
-    if path is None or not path.exists():
-        return []
     try:
+        if path is None or not path.stat().st_size:
+            return []
         with closing(Witness(location.metadata_path, location.data_path)) as witness:
             return left_behind(path, witness) if witness.usable else []
     except FileNotFoundError:
@@ -182,8 +213,7 @@ def _entries_left(location: PoolLocation) -> list[Entry]:
     except OSError as error:
         if error.errno in PASSING:
             raise  # what a killed server had answered must not be dropped for that
-        log.warning("%s cannot be read, so nothing is taken from it: %s", path, error)
-        return []
+        raise RecoveryFailed(str(path), error.strerror or str(error)) from error
 
 
 def _replay(location: PoolLocation, metadata: PoolMetadata, data: DataFile, entries: list[Entry]) -> None:
@@ -191,24 +221,37 @@ def _replay(location: PoolLocation, metadata: PoolMetadata, data: DataFile, entr
     path = location.journal_path
     assert path is not None
 
+    def flush() -> None:
+        try:
+            data.flush()
+        except OSError as error:
+            # A flush that succeeds at the second try proves nothing: there must be no second replay.
+            try:
+                forget_journal(path)
+            except OSError as second:
+                log.error(  # noqa: TRY400
+                    "%s could not be emptied, delete it before the pool is opened again: %s", path, second
+                )
+            raise RecoveryLost(str(location.data_path), error.strerror or str(error)) from error
+
     def commit() -> None:
         if data.writable:
-            metadata.commit(data.flush)
+            metadata.commit(flush)
 
     try:
         if data.writable:
             announce_replay(path)
         replay(metadata, entries, commit)
         commit()
+    except (OSError, BlockDamaged, CountDamaged, ShortRead) as error:
+        # All that a commit writes is written anew by the next: the journal stays for it.
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise RecoveryFailed(str(path), reason) from error
     except (EntriesUnfitError, MetadataError) as error:
         metadata.abort()
         log.warning("the journal of a killed server does not fit the pool and is left out: %s", error)
-    except OSError:
-        # A flush that succeeds at the second try proves nothing: there must be no second replay.
-        if data.writable:
-            with suppress(OSError):
-                forget_journal(path)
-        raise
     else:
         log.info("the last server was killed: %d changes it had answered are recovered", len(entries))
 

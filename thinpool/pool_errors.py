@@ -152,6 +152,50 @@ class PoolDamaged(ThinPoolError):
         return f"the metadata of {shown_path(self.path)} is damaged: {escaped(self.reason)}"
 
 
+@leaf(ExitCode.FAILURE)
+class OpeningFailed(ThinPoolError):
+    """The disk refused something while a pool was being opened."""
+
+    location: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{shown_path(self.location)} cannot be opened: {escaped(self.reason)}; nothing is lost by that, open it "
+            "again when its disk works"
+        )
+
+
+@leaf(ExitCode.FAILURE)
+class RecoveryFailed(ThinPoolError):
+    """What a killed server had answered and not committed could not be put into the metadata; it can be tried again."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"what a killed server had answered cannot be recovered from {shown_path(self.path)}: "
+            f"{escaped(self.reason)}; nothing is lost yet: open the pool again when its disk works, or move that file "
+            "away to open it without the writes that were never flushed"
+        )
+
+
+@leaf(ExitCode.FAILURE)
+class RecoveryLost(ThinPoolError):
+    """The data a killed server had answered for could not be flushed: part of it may be gone."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"the data file {shown_path(self.path)} could not be flushed while what a killed server had answered was "
+            f"recovered: {escaped(self.reason)}; writes that no client had flushed are given up, and the next opening "
+            "goes on with all that were"
+        )
+
+
 @leaf(ExitCode.DAMAGED)
 class CatalogDamaged(ThinPoolError):
     """The catalogue of names is not readable; the devices themselves are not touched by that."""

@@ -1,7 +1,8 @@
 """Let every operation of a pool's disk fail in every way, on several processes, for as long as asked.
 
 In: handing out seeds, adding up, the table, the replay command. Out: one run with one fault
-(tests/fakes/fault_search.py), of which the default tests run a fixed slice.
+(tests/fakes/fault_search.py) and one opening after a kill with one (tests/fakes/opening_faults.py), of which the
+default tests run a fixed slice.
 
 Every seed that was begun is done to its end, so the table is that of a range of seeds, the same on every machine; only
 where the range ends depends on the time. Prints a table in Markdown.
@@ -21,7 +22,9 @@ from multiprocessing.sharedctypes import Synchronized
 from tests.fakes.crash_faults import Fault
 from tests.fakes.crash_oracle import Violation
 from tests.fakes.fault_search import STEPS, Count, Counts, faults, kind_in_words, with_fault
+from tests.fakes.opening_faults import Kill, kill_after, kills, open_with_fault
 
+KILLS_A_SEED = 3
 COLUMNS = ("tried", "refused", "gave_up", "marked", "killed", "images", "violations")
 HEADINGS = (
     "tried",
@@ -40,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable()  # pools say aloud that they gave up, which here they do all the time
     if options.replay:
         seed, number, kind = options.replay
-        return replay(int(seed), Fault(int(number), kind, options.lasting), options.steps)
+        kill = (
+            None
+            if options.killed_after is None
+            else kill_after(int(seed), options.killed_after, options.steps)
+        )
+        return replay(int(seed), Fault(int(number), kind, options.lasting), options.steps, kill)
     return search(options)
 
 
@@ -62,13 +70,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="run with one fault, say what happens",
     )
     parser.add_argument("--lasting", action="store_true", help="with --replay: it goes on failing")
+    parser.add_argument(
+        "--killed-after",
+        type=int,
+        metavar="STEPS",
+        help="with --replay: the operation is one of opening the pool, after a kill",
+    )
     return parser.parse_args(arguments)
 
 
-def replay(seed: int, fault: Fault, steps: int) -> int:
+def replay(seed: int, fault: Fault, steps: int, kill: Kill | None) -> int:
     """Run with one fault."""
     try:
-        with_fault(seed, fault, Count(), steps)
+        if kill is None:
+            with_fault(seed, fault, Count(), steps)
+        else:
+            open_with_fault(kill, fault, Count())
     except Violation as problem:
         print(problem)
         return 1
@@ -92,10 +109,22 @@ def worker(
                 with_fault(seed, fault, count, options.steps)
             except Violation as problem:
                 count.violations += 1
-                lasting = " --lasting" if fault.lasting else ""
-                which = f"--replay {seed} {fault.number} {fault.kind}{lasting}"
-                found.append(f"tools/fault-search --steps {options.steps} {which}\n  {problem}")
+                found.append(f"{command(options, seed, fault)}\n  {problem}")
+        for kill in kills(seed, KILLS_A_SEED, options.steps):
+            for operation, fault in kill.faults():
+                count = counts.of(f"opening: {operation}", kind_in_words(fault))
+                try:
+                    open_with_fault(kill, fault, count)
+                except Violation as problem:
+                    count.violations += 1
+                    found.append(f"{command(options, seed, fault)} --killed-after {kill.after}\n  {problem}")
     results.put((counts, found))
+
+
+def command(options: argparse.Namespace, seed: int, fault: Fault) -> str:
+    """Return what shows a violation again."""
+    lasting = " --lasting" if fault.lasting else ""
+    return f"tools/fault-search --steps {options.steps} --replay {seed} {fault.number} {fault.kind}{lasting}"
 
 
 def search(options: argparse.Namespace) -> int:

@@ -90,6 +90,7 @@ KINDS = {
     "data grow": ("EIO", "ENOSPC"),
     "catalogue": ("EIO", "ENOSPC"),
     "journal write": ("EIO", "ENOSPC", "short"),
+    "journal read": ("EIO",),
 }
 
 

@@ -236,20 +236,26 @@ def look_after_a_kill(run: FaultyScenario, count: Count) -> None:
     kept = (
         engine.failure is None and engine.writable and engine.journal is not None and engine.journal._active
     )
-    worlds = list(run.oracle.worlds())
     run._clients.clear()
     run.abandon_pool()
     run.heal()
     run.pool = run._open()
     count.killed += 1
+    problem = compare_opened(run, answered=kept)
+    if problem is not None:
+        raise Violation(f"after a kill: {problem}")
+
+
+def compare_opened(run: FaultyScenario, *, answered: bool) -> str | None:
+    """What is wrong with a pool that was opened anew. `answered`: everything answered must be there."""
     problems = []
-    for world in worlds:
+    for world in run.oracle.worlds():
         problem = compare_names(world, run.pool.catalog.entries())
-        problem = problem or _contents_differ(run, world, answered=kept)
+        problem = problem or _contents_differ(run, world, answered=answered)
         if problem is None:
-            return
+            return None
         problems.append(problem)
-    raise Violation(f"after a kill: {'; or: '.join(problems)}")
+    return "; or: ".join(problems)
 
 
 def _contents_differ(run: FaultyScenario, world: World, *, answered: bool) -> str | None:

@@ -206,8 +206,20 @@ class SimulatedDisk:
             Catalog=SimulatedCatalogs(self),
             MappingJournal=SimulatedJournals(self),
             Witness=type("Booted", (Witness,), {"_boot": staticmethod(lambda: self.boot)}),
+            left_behind=self._asked("journal read", opening.left_behind),
+            announce_replay=self._asked("journal write", opening.announce_replay),
         ):
             yield
+
+    def _asked(self, operation: str, do: Callable[..., object]) -> Callable[..., object]:
+        """The same after `before_journal` was asked; such an operation is done wholly or not at all."""
+
+        def asking(*arguments: object) -> object:
+            if self.before_journal is not None:
+                self.before_journal(operation, 0)
+            return do(*arguments)
+
+        return asking
 
 
 class _NoLock:

@@ -13,7 +13,7 @@ import gc
 import mmap
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from metadata import FileStore, ShortRead
 from tests.fakes.crash_oracle import Violation
 from tests.fakes.disk_history import Contents
 from tests.fakes.fault_search import Count, faults, with_fault
+from tests.fakes.opening_faults import kills, open_with_fault
 from tests.fakes.simulated_disk import SimulatedData, SimulatedDisk
 from thinpool.data_file import DataFile
 from thinpool.errors import ThinPoolError
@@ -164,6 +165,15 @@ def test_everything_fails_from_an_operation_on(seed: int) -> None:
     assert count.gave_up
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3, 4])  # where something is left to replay
+def test_opening_after_a_kill_survives_every_fault(seed: int) -> None:
+    count = Count()
+    for kill in kills(seed, 1):
+        for _, fault in kill.faults():
+            open_with_fault(kill, fault, count)
+    assert count.refused
+
+
 def first_violation(seeds: range, wanted: str) -> str:
     """What the search says first about faults of one kind of operation."""
     for seed in seeds:
@@ -187,6 +197,34 @@ def test_a_flush_that_is_tried_again_is_found(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(SimulatedData, "flush", twice)
     assert "not change" in first_violation(range(6), "data flush")
+
+
+def test_a_journal_forgotten_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An opening that could not read what it needs to replay, and starts a journal anew: answered writes are gone."""
+
+    def first_violation_of_opening() -> None:
+        for kill in kills(0, 1):
+            for operation, fault in kill.faults():
+                if operation == "journal read":
+                    open_with_fault(kill, fault, Count())
+
+    first_violation_of_opening()
+    asked = SimulatedDisk._asked
+
+    def caught(disk: SimulatedDisk, operation: str, do: Callable[..., object]) -> Callable[..., object]:
+        real = asked(disk, operation, do)
+
+        def careless(*arguments: object) -> object:
+            try:
+                return real(*arguments)
+            except OSError:
+                return []
+
+        return careless
+
+    monkeypatch.setattr(SimulatedDisk, "_asked", caught)
+    with pytest.raises(Violation, match="wrong sectors"):
+        first_violation_of_opening()
 
 
 def test_a_journal_that_goes_on_with_a_gap_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ SEEDS = int(os.environ.get("THINPOOL_KILL_SEEDS", "24"))
 HINTS = {
     journal_mutants.shrinking_entered: (60,),
     journal_mutants.length_not_announced: (14,),
-    journal_mutants.replay_not_announced: (3, 7),
+    journal_mutants.replay_not_announced: (6, 37),
 }
 KILLS_A_SEED = int(os.environ.get("THINPOOL_KILLS", "14"))
 
