@@ -447,7 +447,14 @@ class PoolMetadata:
         return prepared
 
     def write_commit(self, prepared: PreparedCommit) -> None:
-        """Write: blocks, flush, superblock, flush. Touches nothing else. Raises OSError: the pool is to be given up."""
+        """Write: blocks, flush, superblock, flush. Touches nothing else.
+
+        Raises OSError, and MetadataTooShort where somebody else cut the storage off: the pool is to be given up.
+        """
+        blocks, committed = self._store.size_blocks(), self._state.committed.metadata_space.blocks
+        if blocks < committed:
+            # Writing would lengthen a file again, with zeros where there were blocks.
+            raise MetadataTooShort(committed, blocks)
         write_prepared(self._store, prepared)
 
     def finish_commit(self, prepared: PreparedCommit) -> CommitReport:

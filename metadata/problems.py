@@ -59,6 +59,7 @@ class Fault(Enum):
     FIRST_FREE = "free blocks lie before the place where the search for them begins"
     ALLOCATED = "the number of blocks in use is wrong"
     UNVERIFIED = "counts could not be verified"
+    DATA_SHORT = "the file is shorter than the data space"
     MORE = "there are more problems of this kind"
 
 

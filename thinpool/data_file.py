@@ -65,6 +65,9 @@ class DataFile:
         self.punches = writable
         self.zeroes_range = writable
         self._copies = True
+        # Somebody else made the file shorter than it must be. Later writes may lengthen it again, with zeros where
+        # there was something: so this is for good, and no flush succeeds any more.
+        self._cut_off = False
         try:
             self._require(blocks)
             self._map(blocks)
@@ -118,6 +121,7 @@ class DataFile:
         while done < length_bytes:
             got = os.preadv(self.descriptor, [filled[done:]], offset + done)
             if not got:
+                self._cut_off = True
                 raise OSError(errno.EIO, "the data file ends before the block does")
             done += got
         return buffer
@@ -189,8 +193,17 @@ class DataFile:
         os.posix_fadvise(self.descriptor, offset, length_bytes, os.POSIX_FADV_WILLNEED)
 
     def flush(self) -> None:
-        """Make everything written durable. A failure is final for the pool: the kernel may drop the pages."""
+        """Make everything written durable. A failure is final for the pool: the kernel may drop the pages.
+
+        Raises OSError, EIO also where the file was found shorter than the pool: something that was written is gone.
+        """
         os.fdatasync(self.descriptor)
+        if self._cut_off or self._is_short():
+            self._cut_off = True
+            raise OSError(errno.EIO, f"the data file {self.path} was cut off while it was in use")
+
+    def _is_short(self) -> bool:
+        return not self.is_block_device and os.fstat(self.descriptor).st_size < self.blocks * self.block_bytes
 
     def close(self) -> None:
         """Close the descriptor; the map goes when its last slice does."""

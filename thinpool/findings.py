@@ -26,6 +26,8 @@ ADVICE: Mapping[Fault, str] = {
     Fault.FIELD: "is this the metadata of the pool, all of it, and not of a newer kernel? If so: " + REPAIR,
     Fault.HELD: "the pool itself is not affected; release the metadata snapshot, or " + REPAIR,
     Fault.UNVERIFIED: UNREAD,
+    Fault.DATA_SHORT: "what lay beyond the end is lost: bring the file back from a copy, or lengthen it with "
+    "`truncate`, and the lost blocks read zeros",
 }
 HINT_OR_LEAK_ADVICE = AUTO_REPAIR
 COUNT_FAULTS = (Fault.COUNT_LOW, Fault.NO_OVERFLOW)

@@ -24,9 +24,13 @@ from typing import TYPE_CHECKING
 from metadata import (
     BlockStore,
     Extent,
+    Fault,
     FileStore,
     MetadataError,
     NotPoolMetadata,
+    Place,
+    Problem,
+    Severity,
     capture_space_maps,
     snapshot_as_pool,
 )
@@ -59,6 +63,7 @@ class MetadataView:
         names: names by device id, of those devices that have one.
         block_bytes: size of a data block, 0 where the superblock does not tell.
         needs_check: whether the pool is marked as needing a check.
+        data_blocks: size of the data space, 0 where the superblock does not tell.
         metadata_blocks: metadata blocks in use according to the space map, 0 where that is not known.
     """
 
@@ -70,6 +75,23 @@ class MetadataView:
     block_bytes: int = 0
     metadata_blocks: int = 0
     needs_check: bool = False
+    data_blocks: int = 0
+
+    def data_file_problems(self, location: PoolLocation) -> list[Problem]:
+        """Whether the data file, where there is one, is as long as the metadata counts on; figures in data blocks."""
+        try:
+            found = location.data_path.stat()
+        except OSError:
+            return []  # metadata by themselves
+        if not stat.S_ISREG(found.st_mode) or found.st_size >= self.data_blocks * self.block_bytes:
+            return []
+        has_blocks = found.st_size // self.block_bytes
+        place, lost = Place("data file"), self.data_blocks - has_blocks
+        return [
+            Problem(
+                Severity.ERROR, Fault.DATA_SHORT, place, "", has_blocks, lost, self.data_blocks, has_blocks
+            )
+        ]
 
 
 @contextmanager
@@ -214,6 +236,7 @@ def _described(location: PoolLocation, view: MetadataView, *, damaged: bool = Fa
         pass  # a damaged superblock is for the reader to describe
     else:
         view.block_bytes = superblock.data_block_sectors * SECTOR_BYTES
+        view.data_blocks = superblock.data_space.blocks
         view.needs_check = superblock.needs_check
         view.metadata_blocks = min(superblock.metadata_space.allocated, view.store.size_blocks())
         present.update(salvage(view.store, 24, superblock.details_root)[0].tolist())

@@ -212,7 +212,11 @@ class Session:
             entry = self.device.block_map.entries[index]
             if entry >= MAPPED:
                 at = ((entry >> 24) - 1) * block_bytes + inside
-                result[position : position + piece] = self._engine.data.read(at, piece)
+                try:
+                    result[position : position + piece] = self._engine.data.read(at, piece)
+                except OSError:
+                    self._engine.committer.touch()  # a file that was cut off is noticed soon, without a flush
+                    raise
             position += piece
         return result
 

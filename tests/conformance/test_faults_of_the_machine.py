@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ import pytest
 from nbd import NbdError
 from nbd.client import Client
 from nbd.constants import Command, Errno
+from nbd.errors import RemoteError
 from nbd.limits import Limits
 from tests.conformance.running_pool import ENVIRONMENT, RunningPool
 from thinpool.opening import create_pool, open_pool
@@ -362,3 +363,83 @@ def test_a_hangup_stops_a_server_only_where_its_terminal_is_gone(pool: RunningPo
     client.close()
     require_kept(pool, "a", {0: 1})
     require_kept(pool, "b", {0: 2, 1: 3})
+
+
+# --- files that others cut off ---
+
+
+def answer(request: Callable[[], object]) -> int:
+    """The error a request is answered with, 0 for none."""
+    try:
+        request()
+    except RemoteError as error:
+        return error.error
+    return 0
+
+
+def eventually_read_only(pool: RunningPool) -> str:
+    """Wait until the pool has given up; why, as `thinpool status` says it."""
+    deadline = time.monotonic() + 15
+    while (status := pool.operate("status")["status"])["failure"] is None:
+        assert time.monotonic() < deadline, "the pool goes on"
+        time.sleep(0.05)
+    assert status["mode"] in ("read_only", "fail")
+    return str(status["failure"])
+
+
+def test_a_data_file_that_is_cut_off_is_an_error_until_somebody_looks(pool: RunningPool) -> None:
+    """What is gone reads EIO and never zeros, also after later writes would have lengthened the file; no flush lies."""
+    a, b = (Client.connect(pool.uri(name), timeout_seconds=20) for name in ("a", "b"))
+    a.write(0, stamped(1))
+    for number in range(60):
+        b.write(number * BLOCK, stamped(number))
+    a.flush()
+    os.truncate(pool.path / "data", 30 * BLOCK)
+    assert answer(lambda: b.read(50 * BLOCK, BLOCK)) == Errno.EIO
+    assert answer(lambda: b.read(40 * BLOCK, 8 * BLOCK)) == Errno.EIO
+    assert "cut off" in eventually_read_only(pool)  # without anybody asking for a flush
+    assert a.read(0, BLOCK) == stamped(1)
+    assert b.read(10 * BLOCK, BLOCK) == stamped(10)
+    assert answer(lambda: b.write(59 * BLOCK, stamped(1))) == Errno.EIO
+    assert answer(lambda: b.read(50 * BLOCK, BLOCK)) == Errno.EIO
+    assert answer(a.flush) == answer(a.flush) == Errno.EIO
+    checked = pool.command("check", check=False)
+    assert checked.returncode == 6
+    assert "data file" in checked.stdout
+    a.close()
+    b.close()
+    pool.stop()
+    in_one_sentence(pool.command("list", check=False), 6)
+    os.truncate(pool.path / "data", 64 * MIB)
+    pool.command("check", "--clear-needs-check")
+    require_kept(pool, "b", {number: number for number in range(20)})
+
+
+def test_a_flush_notices_that_the_data_file_was_cut_off(pool: RunningPool) -> None:
+    client = Client.connect(pool.uri("a"), timeout_seconds=20)
+    for number in range(8):
+        client.write(number * BLOCK, stamped(number))
+    client.flush()
+    os.truncate(pool.path / "data", 4 * BLOCK)
+    client.write(0, stamped(0))
+    assert answer(client.flush) == Errno.EIO
+    assert "cut off" in eventually_read_only(pool)
+    client.close()
+
+
+def test_metadata_that_are_cut_off_are_not_written_to(pool: RunningPool) -> None:
+    """A commit would make the file longer again, with zeros where there were trees."""
+    a, b = (Client.connect(pool.uri(name), timeout_seconds=20) for name in ("a", "b"))
+    a.write(0, stamped(1))
+    a.flush()
+    os.truncate(pool.path / "metadata", 5 * 4096)
+    b.write(0, stamped(2))
+    assert answer(b.flush) == Errno.EIO
+    assert "truncated" in eventually_read_only(pool)
+    assert a.read(0, BLOCK) == stamped(1)
+    assert (pool.path / "metadata").stat().st_size == 5 * 4096
+    a.close()
+    b.close()
+    pool.stop()
+    in_one_sentence(pool.command("list", check=False), 6)
+    assert pool.command("check", check=False).returncode == 6

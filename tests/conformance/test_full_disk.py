@@ -150,23 +150,6 @@ def test_what_was_flushed_before_the_disk_was_full_is_there_afterwards(small: Pa
     reopened.close()
 
 
-def test_a_data_file_that_is_cut_off_gives_errors_and_no_crash(tmp_path: Path) -> None:
-    create_pool(tmp_path / "pool", size_bytes=4 * MIB)
-    pool = open_pool(PoolLocation.directory(tmp_path / "pool"))
-    pool.create_device("vol", 4 * MIB)
-    with tempfile.TemporaryDirectory(prefix="s-") as work:
-        served = Served(pool, Path(work))
-        served.client.write(0, b"x" * (32 * BLOCK))
-        os.truncate(tmp_path / "pool" / "data", 4 * BLOCK)
-        assert served.client.read(0, BLOCK) == b"x" * BLOCK
-        with pytest.raises(RemoteError) as caught:
-            served.client.read(10 * BLOCK, BLOCK)
-        assert caught.value.error == Errno.EIO
-        assert served.client.read(0, BLOCK) == b"x" * BLOCK
-        served.close()
-        pool.close()
-
-
 def test_a_read_only_file_system_is_served_read_only_or_refused_in_words(small: Path) -> None:
     create_pool(small / "pool", size_bytes=MIB)
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)

@@ -153,7 +153,7 @@ def _look(location: PoolLocation, how: dict[str, bool], quiet: bool) -> _Report:
                 problems = recount(store, extent)
             except NoMetadataSnapshot as error:
                 raise NoSnapshotHeld(str(location)) from error
-        return _Report(location, view, problems, extent)
+        return _Report(location, view, [*problems, *view.data_file_problems(location)], extent)
 
 
 def _mend(location: PoolLocation, *, auto_repair: bool, clear: bool, quiet: bool) -> _Report:
