@@ -3,6 +3,7 @@
 In: making, naming and removing them. Out: accepting (`server`).
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -29,7 +30,9 @@ class Listener:
     def close(self) -> None:
         """Close, and remove the path if it is still ours."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            # On a file system that is read-only by now it stays: nobody listens, and the next server replaces it.
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
         self.socket.close()
 
 

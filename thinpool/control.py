@@ -325,4 +325,7 @@ class ControlServer:
             self._thread.join()
         self._holds.end_all()  # one may have been asked for in between
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+        with suppress(
+            OSError
+        ):  # as sockets of NBD: on a file system that is read-only by now it stays, and hurts nobody
+            self._path.unlink(missing_ok=True)

@@ -46,7 +46,7 @@ from .pool_location import PoolLocation
 from .serve_settings import ServeSettings
 from .space_watch import SpaceWatch
 from .supervision import has_terminal, pid_file, tell_supervisor, when_parent_ends
-from .unix_sockets import ADDRESS_BYTES_MAX, listen
+from .unix_sockets import ADDRESS_BYTES_MAX, listen, on_read_only_file_system
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 -- recognised, not bound to
@@ -137,6 +137,11 @@ class Service:
         if settings.default_export is not None and self.pool.catalog.by_name(settings.default_export) is None:
             raise NoSuchDevice(settings.default_export, self.pool_path)
         control = settings.location.control_path
+        if control is not None and settings.read_only and on_read_only_file_system(control.parent):
+            log.warning(
+                "%s cannot be made, so commands do not reach this server: end it by a signal", control
+            )
+            control = None
         if control is not None:
             self._control = ControlServer(self, control)
             self._closing.callback(self._control.close)

@@ -79,6 +79,11 @@ def _remove_stale(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def on_read_only_file_system(directory: Path) -> bool:
+    """Whether no socket can be made there, whoever asks (statvfs(3), ST_RDONLY)."""
+    return bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
+
+
 def is_listening(path: Path) -> bool:
     """Whether somebody accepts connections on this socket."""
     try:

@@ -1,7 +1,6 @@
 """A real server, and real commands, on a machine that runs out of things or changes under them.
 
-Descriptors and memory here; signals, files cut off by others and file systems that fill up or turn read-only further
-down. Power cuts, kills and I/O errors are elsewhere (docs/crash-safety.md says where).
+Descriptors, memory, signals, and files that others cut off. File systems are in `test_faults_of_file_systems.py`, power cuts, kills and I/O errors are elsewhere (docs/crash-safety.md says where).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,20 @@ import pytest
 from nbd import NbdError
 from nbd.client import Client
 from nbd.constants import Command, Errno
-from nbd.errors import RemoteError
 from nbd.limits import Limits
 from tests.conformance.running_pool import ENVIRONMENT, RunningPool
-from thinpool.opening import create_pool, open_pool
-from thinpool.pool_location import PoolLocation
-
-BLOCK = 65536
-MIB = 1 << 20
+from tests.conformance.stamped_pool import (
+    BLOCK,
+    MIB,
+    answer,
+    contents,
+    eventually_read_only,
+    in_one_sentence,
+    require_ended_well,
+    require_kept,
+    stamped,
+    two_devices,
+)
 
 
 @pytest.fixture
@@ -45,20 +50,6 @@ def pool() -> Iterator[RunningPool]:
         yield made
     finally:
         made.clean_up()
-
-
-def two_devices(path: Path, size_bytes: int = 64 * MIB, **settings: str) -> None:
-    """Make a pool in this process, which is quicker than by commands."""
-    create_pool(path, size_bytes=size_bytes, metadata_bytes=16 * MIB)
-    made = open_pool(PoolLocation.directory(path))
-    made.change_settings(settings)
-    for name in ("a", "b"):
-        made.create_device(name, 16 * MIB)
-    made.close()
-
-
-def stamped(number: int) -> bytes:
-    return number.to_bytes(8, "little") * (BLOCK // 8)
 
 
 def pid_of(pool: RunningPool) -> int:
@@ -84,18 +75,6 @@ def limited(pool_path: Path, limit: str, *arguments: str) -> subprocess.Complete
         timeout=60,
         check=False,
     )
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """What the small files of a pool hold."""
-    names = (file for file in path.iterdir() if file.name not in {"data", "lock", "journal"})
-    return {file.name: file.read_bytes() for file in names}
-
-
-def in_one_sentence(done: subprocess.CompletedProcess[str], code: int) -> None:
-    assert done.returncode == code, done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stdout == ""
 
 
 # --- descriptors ---
@@ -250,30 +229,6 @@ class StampedWriter:
         self._client.close()
 
 
-def require_ended_well(pool: RunningPool, seconds: float = 20) -> None:
-    """The server has ended by itself, with status 0, and left nothing in the way."""
-    assert pool.server is not None
-    assert pool.server.wait(seconds) == 0, pool.log()
-    assert "Traceback" not in pool.log()
-    left = {path.name for path in pool.path.iterdir()}
-    assert left == {"catalog", "data", "journal", "lock", "metadata"}
-    assert not pool.socket.exists()
-
-
-def require_kept(pool: RunningPool, device: str, answered: dict[int, int]) -> None:
-    """The pool can be opened here and now, and holds these stamps."""
-    opened = open_pool(PoolLocation.directory(pool.path))
-    session = opened.open_session(opened.catalog.by_name(device))  # type: ignore[arg-type]
-    wrong = [
-        block
-        for block, number in answered.items()
-        if session.read_bytes(block * BLOCK, BLOCK) != stamped(number)
-    ]
-    session.close()
-    opened.close()
-    assert not wrong
-
-
 @pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT,)])
 def test_signals_under_load_lose_nothing(pool: RunningPool, signals: tuple[signal.Signals, ...]) -> None:
     """Also not a second one, while the server closes the pool."""
@@ -366,25 +321,6 @@ def test_a_hangup_stops_a_server_only_where_its_terminal_is_gone(pool: RunningPo
 
 
 # --- files that others cut off ---
-
-
-def answer(request: Callable[[], object]) -> int:
-    """The error a request is answered with, 0 for none."""
-    try:
-        request()
-    except RemoteError as error:
-        return error.error
-    return 0
-
-
-def eventually_read_only(pool: RunningPool) -> str:
-    """Wait until the pool has given up; why, as `thinpool status` says it."""
-    deadline = time.monotonic() + 15
-    while (status := pool.operate("status")["status"])["failure"] is None:
-        assert time.monotonic() < deadline, "the pool goes on"
-        time.sleep(0.05)
-    assert status["mode"] in ("read_only", "fail")
-    return str(status["failure"])
 
 
 def test_a_data_file_that_is_cut_off_is_an_error_until_somebody_looks(pool: RunningPool) -> None:

@@ -1,0 +1,145 @@
+"""A real server on a real ext4 that fills up or turns read-only below it. tmpfs is in `test_full_disk.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbd.client import Client
+from nbd.constants import Errno
+from tests.conformance.running_pool import ENVIRONMENT, RunningPool, require_loop_mounts, run
+from tests.conformance.stamped_pool import (
+    BLOCK,
+    MIB,
+    answer,
+    eventually_read_only,
+    in_one_sentence,
+    require_kept,
+    stamped,
+    two_devices,
+)
+from thinpool.errors import PoolPoisoned
+from thinpool.pool_access import PoolAccess
+from thinpool.pool_location import PoolLocation
+
+DISK_BYTES = 32 * MIB
+
+pytestmark = pytest.mark.root
+
+
+class SmallDisk:
+    """An ext4 of its own in a file, and a pool on it whose sockets lie elsewhere."""
+
+    def __init__(self, work: Path) -> None:
+        self.image = work / "image"
+        self.place = work / "m"
+        self.place.mkdir()
+        with self.image.open("wb") as file:
+            file.truncate(DISK_BYTES)
+        # Without blocks set aside for root, who runs the tests.
+        run("mkfs.ext4", "-q", "-m", "0", self.image)
+        self.mount()
+        self.pool = RunningPool(work)
+        self.pool.path = self.place / "pool"
+        self.pool.access = PoolAccess(PoolLocation.directory(self.pool.path))
+
+    def mount(self, *options: str) -> None:
+        run("mount", "-o", ",".join(("loop", *options)), self.image, self.place)
+
+    def unmount(self) -> None:
+        run("umount", self.place)
+
+    def fail_read_only(self) -> None:
+        """What ext4 does to itself after an error, with `errors=remount-ro`."""
+        run("mount", "-o", "remount,abort", self.place)
+
+    def free_bytes(self) -> int:
+        figures = os.statvfs(self.place)
+        return figures.f_bfree * figures.f_frsize
+
+    def fill(self, leave_bytes: int) -> Path:
+        """Take all space but so much with another file."""
+        filler = self.place / "filler"
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, self.free_bytes() - leave_bytes)
+        return filler
+
+
+@pytest.fixture
+def disk() -> Iterator[SmallDisk]:
+    require_loop_mounts()
+    work = Path(tempfile.mkdtemp(prefix="tp-"))
+    pool = RunningPool(work)  # for its clean-up
+    try:
+        small = SmallDisk(work)
+        pool = small.pool
+        yield small
+    finally:
+        if pool.server is not None:
+            pool.server.kill()
+            pool.server.wait()
+        subprocess.run(["umount", "-l", str(work / "m")], capture_output=True, env=ENVIRONMENT, check=False)
+        pool.clean_up()
+
+
+def serve(disk: SmallDisk, size_bytes: int = 256 * MIB, **settings: str) -> RunningPool:
+    two_devices(
+        disk.pool.path, size_bytes, **{name.replace("_", "-"): value for name, value in settings.items()}
+    )
+    disk.pool.start()
+    disk.pool.access.server()
+    return disk.pool
+
+
+# --- read-only ---
+
+
+def test_a_file_system_that_turns_read_only_under_a_server(disk: SmallDisk) -> None:
+    pool = serve(disk)
+    a, b = (Client.connect(pool.uri(name), timeout_seconds=20) for name in ("a", "b"))
+    for number in range(8):
+        a.write(number * BLOCK, stamped(number))
+    a.flush()
+    disk.fail_read_only()
+    assert answer(lambda: a.write(0, stamped(99))) in (Errno.EPERM, Errno.EIO)
+    assert answer(lambda: b.write(0, stamped(99))) in (Errno.EPERM, Errno.EIO)
+    eventually_read_only(pool)
+    assert answer(a.flush) == answer(b.flush) == Errno.EIO
+    assert [a.read(number * BLOCK, BLOCK) for number in range(8)] == [stamped(number) for number in range(8)]
+    assert b.read(0, BLOCK) == bytes(BLOCK)
+    with pytest.raises(PoolPoisoned, match="Read-only file system"):
+        pool.operate("create", name="c", size_bytes=MIB)
+    a.close()
+    b.close()
+    pool.command("stop")
+    assert pool.server is not None
+    assert pool.server.wait(20) == 0, pool.log()
+    assert "Traceback" not in pool.log()
+    disk.unmount()
+    disk.mount()
+    require_kept(pool, "a", {number: number for number in range(8)})
+
+
+def test_a_pool_on_a_read_only_file_system(disk: SmallDisk) -> None:
+    """Commands that look work, others say why not; it may be served read-only."""
+    two_devices(disk.pool.path)
+    disk.unmount()
+    disk.mount("ro")
+    pool = disk.pool
+    assert pool.command("list").stdout.count("16 MiB") == 2
+    in_one_sentence(pool.command("create", "c", "--size", "1M", check=False), 1)
+    in_one_sentence(pool.command("serve", check=False), 1)
+    pool.start("--read-only")
+    client = Client.connect(pool.uri("a"), timeout_seconds=20)
+    assert client.read(0, BLOCK) == bytes(BLOCK)
+    assert answer(lambda: client.write(0, stamped(1))) == Errno.EPERM
+    client.close()
+    assert pool.server is not None
+    pool.server.terminate()
+    assert pool.server.wait(20) == 0, pool.log()
+    assert "Traceback" not in pool.log()
