@@ -95,6 +95,12 @@ def sniff(block: bytes) -> BlockKind | None:
     return _KINDS.get(raw_sum(block) ^ _SUM.unpack_from(block)[0])
 
 
+def recorded_location(block: bytes) -> int:
+    """The number that a block of any kind has noted as its own."""
+    location: int = _LOCATION.unpack_from(block, _LOCATION_OFFSET)[0]
+    return location
+
+
 def verify(block: bytes, kind: BlockKind, location: int) -> None:
     """Check length, checksum, kind and recorded location, in this order.
 
@@ -111,6 +117,6 @@ def verify(block: bytes, kind: BlockKind, location: int) -> None:
         if other is not None:
             raise BlockDamaged(location, kind.label, Damage.OTHER_KIND, f"found a {other.label}")
         raise BlockDamaged(location, kind.label, Damage.CHECKSUM)
-    recorded = _LOCATION.unpack_from(block, _LOCATION_OFFSET)[0]
+    recorded = recorded_location(block)
     if recorded != location:
         raise BlockDamaged(location, kind.label, Damage.LOCATION, f"block {recorded}")

@@ -13,12 +13,12 @@ record, and, where several devices have the same number, by freed copies of the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
-from .layout import TIME_LIMIT, U32Array
+from .layout import U32Array
 from .node import Node
 from .node_scan import NodeScan, scan_nodes, stored_counts
 from .store import BlockStore
@@ -27,20 +27,6 @@ from .tree_salvage import DamagedNode, TreeSalvage
 from .walk import salvage
 
 _NOBODY = -1
-
-
-@dataclass(frozen=True, slots=True)
-class PoolRoots:
-    """The two trees of a pool, found by scanning.
-
-    `candidates`: how many pairs would do as well.
-    """
-
-    mapping_root: int = 0
-    details_root: int = 0
-    time: int = 0
-    transaction_id: int = 0
-    candidates: int = 0
 
 
 @dataclass(slots=True)
@@ -296,51 +282,3 @@ class LostNodes:
             return
         for device, root in zip(rest, free, strict=False):
             found.guessed[device] = root
-
-
-def find_roots(store: BlockStore) -> PoolRoots:
-    """The trees of a pool without a superblock: the pair whose every device has as many mappings as its record says.
-
-    Of several, which freed blocks may hold as well, the one with the latest times. Only trees of one node are looked
-    at, which are those of up to 126 devices.
-    """
-    mappings, records = scan_nodes(store, 8), scan_nodes(store, 24)
-    counted: dict[int, int] = {}
-
-    def entries_below(root: int) -> int:
-        if root not in counted:
-            counted[root] = sum(len(keys) for keys, _ in TreeSalvage(store, root).mappings())
-        return counted[root]
-
-    best: tuple[tuple[int, ...], PoolRoots] | None = None
-    complete = 0
-    for details_root, details in records.small.items():
-        for mapping_root, roots in mappings.small.items():
-            if len(details.keys) == 0 or not np.array_equal(details.keys, roots.keys):
-                continue
-            wanted = details.values["mapped_blocks"].tolist()
-            right = [
-                entries_below(root) == count
-                for root, count in zip(roots.values.tolist(), wanted, strict=True)
-            ]
-            time = int(details.values["snapshotted_time"].max())
-            transaction = int(details.values["transaction_id"].max()) + 1
-            complete += all(right)
-            rank = (sum(right), len(right), time, transaction, sum(wanted), mapping_root, details_root)
-            if best is None or rank > best[0]:
-                chosen = PoolRoots(
-                    mapping_root, details_root, min(_latest(store, roots, time), TIME_LIMIT - 1), transaction
-                )
-                best = rank, chosen
-    if best is None:
-        return PoolRoots()
-    return replace(best[1], candidates=complete)
-
-
-def _latest(store: BlockStore, roots: Node, time: int) -> int:
-    """The latest time in any mapping of these trees."""
-    for root in roots.values.tolist():
-        for _, values in TreeSalvage(store, root).mappings():
-            if len(values):
-                time = max(time, int((values & np.uint64(TIME_LIMIT - 1)).max()))
-    return time

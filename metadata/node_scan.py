@@ -13,7 +13,7 @@ import numpy as np
 from .bitmap import decode_bitmap
 from .errors import MetadataError
 from .index import decode_index
-from .layout import COUNT_OVERFLOW, ENTRIES_PER_BITMAP, U32Array, bitmaps_for
+from .layout import COUNT_OVERFLOW, ENTRIES_PER_BITMAP, METADATA_BLOCKS_MAX, U32Array, bitmaps_for
 from .node import Node
 from .node_batch import read_nodes
 from .store import BlockStore
@@ -30,7 +30,8 @@ class NodeScan:
     Attributes:
         leaves: block -> (first key, last key, entries) of leaves that hold something.
         inner: block -> node.
-        small: leaves all of whose values are block numbers of the store: what a leaf of device roots looks like.
+        small: leaves all of whose values may be block numbers of metadata: what a leaf of device roots looks like. (A
+            mapping's value is above those, unless it names data block 0.)
     """
 
     leaves: dict[int, tuple[int, int, int]] = field(default_factory=dict)
@@ -42,26 +43,26 @@ def scan_nodes(store: BlockStore, value_bytes: int) -> NodeScan:
     """Look at every block. Never raises for what blocks hold."""
     found = NodeScan()
     size = store.size_blocks()
-    for first in range(1, size, _BLOCKS_AT_ONCE):
+    for first in range(0, size, _BLOCKS_AT_ONCE):
         locations = np.arange(first, min(first + _BLOCKS_AT_ONCE, size), dtype=np.uint64)
         batch = read_nodes(store, locations, value_bytes)
         begin = 0
         for position, end in zip(batch.leaves.positions.tolist(), batch.leaves.ends.tolist(), strict=True):
             node = Node(True, batch.leaves.keys[begin:end], batch.leaves.values[begin:end], 0)
-            _take(found, first + position, node, size)
+            _take(found, first + position, node)
             begin = end
         for position, node in batch.others:
-            _take(found, first + position, node, size)
+            _take(found, first + position, node)
     return found
 
 
-def _take(found: NodeScan, location: int, node: Node, size: int) -> None:
+def _take(found: NodeScan, location: int, node: Node) -> None:
     if not node.leaf:
         found.inner[location] = node
         return
     if len(node.keys):
         found.leaves[location] = int(node.keys[0]), int(node.keys[-1]), len(node.keys)
-    if node.values.dtype.itemsize != 8 or bool((node.values < size).all()):
+    if node.values.dtype.itemsize != 8 or bool((node.values < METADATA_BLOCKS_MAX).all()):
         found.small[location] = Node(True, node.keys.copy(), node.values.copy(), 0)
 
 

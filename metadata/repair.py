@@ -17,23 +17,22 @@ from enum import Enum
 
 import numpy as np
 
-from .checksum import BlockKind, sniff
 from .errors import MetadataError, SuperblockLost
+from .last_commit import LastCommit, doubt_superblock, find_last_commit, superblock_of
 from .layout import (
     DATA_BLOCK_LIMIT,
     DEVICE_ID_LIMIT,
     KEY_LIMIT,
-    SUPERBLOCK_LOCATION,
     TIME_BITS,
     TIME_LIMIT,
     U64Array,
 )
-from .lost_nodes import LostNodes, PoolRoots, find_roots
+from .lost_nodes import LostNodes
 from .pool_build import BuildReport, PoolBuilder, PoolFields
 from .problems import Fault, Severity
 from .recount import recount
 from .store import BlockStore
-from .superblock import SpaceMapRoot, Superblock, read_superblock
+from .superblock import Superblock, read_superblock
 from .tree_salvage import Substitutes, TreeSalvage
 from .walk import salvage
 
@@ -113,7 +112,7 @@ class _Repair:
         self._known = known
         self._remarks: list[str] = []
         self._devices: dict[int, _Device] = {}
-        self._superblock_lost = False
+        self._found: LastCommit | None = None
         self._confirmed = True
         self._doubtful: U64Array = np.empty(0, np.uint64)
 
@@ -157,6 +156,8 @@ class _Repair:
         except (MetadataError, OSError) as error:
             self._remarks.append(f"the superblock is lost: {error}")
             found = self._found_superblock()
+        else:
+            found = self._doubted(found)
         blocks = found.data_space.blocks if known.data_blocks is None else known.data_blocks
         return replace(
             found,
@@ -167,32 +168,52 @@ class _Repair:
         )
 
     def _found_superblock(self) -> Superblock:
-        """A superblock around the trees that a scan finds."""
-        base = self._held_superblock()
-        if base is None and self._known.data_block_sectors is None:
+        """A superblock around the last state that a scan finds."""
+        found = find_last_commit(self._source)
+        if found.base is None and self._known.data_block_sectors is None:
             raise SuperblockLost("the size of its data blocks")
-        roots = find_roots(self._source)
-        self._superblock_lost = True
-        if roots.candidates > 1:
-            self._remarks.append(
-                f"{roots.candidates} complete sets of trees were found; the one that looks newest is used"
-            )
-        return _made_superblock(base, roots, self._known.data_block_sectors or 0)
+        self._go_by(found)
+        return superblock_of(found, self._known.data_block_sectors or 0)
 
-    def _held_superblock(self) -> Superblock | None:
-        """The copy that a metadata snapshot keeps: sizes and ids, of some time ago."""
-        for location in range(1, self._source.size_blocks()):
-            try:
-                raw = self._source.read(location, 1)
-                if sniff(raw) is BlockKind.SUPERBLOCK:
-                    return Superblock.unpack(raw, location)
-            except (MetadataError, OSError):
-                continue
-        return None
+    def _doubted(self, superblock: Superblock) -> Superblock:
+        """The superblock as it is, unless neither of its lists will do."""
+        found = doubt_superblock(self._source, superblock)
+        if found is None or found.state is None:
+            return superblock
+        if found.state.superblock == superblock:
+            self._remarks.append(
+                "both lists of devices are damaged; other commits tell which roots are whose"
+            )
+        else:
+            self._remarks.append("the superblock is older than what a later commit wrote; that one is used")
+        self._go_by(found)
+        made = superblock_of(found, superblock.data_block_sectors)
+        return replace(made, data_space=superblock.data_space)
+
+    def _go_by(self, found: LastCommit) -> None:
+        self._source, self._found = found.store, found
+        if found.whole:
+            self._remarks.append(
+                f"{len(found.whole) + 1} whole states of the pool were found; "
+                + (
+                    "the format itself says which is the latest"
+                    if found.proven
+                    else "the one that looks newest is used"
+                )
+            )
 
     # Devices
 
     def _list_devices(self, superblock: Superblock) -> None:
+        if self._found is not None:
+            self._list_found(self._found)
+        else:
+            self._list_by(superblock)
+        for device in [device for device in self._devices if device >= DEVICE_ID_LIMIT]:
+            self._remarks.append(f"device {device} has an impossible number and is left out")
+            del self._devices[device]
+
+    def _list_by(self, superblock: Superblock) -> None:
         ids, roots, all_roots = salvage(self._source, 8, superblock.mapping_root)
         record_ids, records, all_records = salvage(self._source, 24, superblock.details_root)
         if not all_roots:
@@ -205,26 +226,16 @@ class _Repair:
             self._devices[device] = _Device(root, None)
         for device, record in zip(record_ids.tolist(), records.tolist(), strict=True):
             self._devices.setdefault(device, _Device(None, None)).record = record
-        if not self._devices and not (all_roots and all_records):
-            self._list_from_freed_blocks()
-        if self._superblock_lost:
-            # Freed blocks may hold the trees of an earlier commit whole, and nothing says which commit was the last.
-            for each in self._devices.values():
-                each.outcome = Outcome.GUESSED
-        for device in [device for device in self._devices if device >= DEVICE_ID_LIMIT]:
-            self._remarks.append(f"device {device} has an impossible number and is left out")
-            del self._devices[device]
 
-    def _list_from_freed_blocks(self) -> None:
-        """Both lists are lost: the devices as an earlier commit listed them, each of them a guess."""
-        earlier = find_roots(self._source)
-        if not earlier.candidates:
+    def _list_found(self, found: LastCommit) -> None:
+        """The devices of a state that was put together: each of them a guess, for another state may be the last."""
+        state = found.state
+        if state is None:
             return
-        self._remarks.append("both lists of devices are lost; they are listed as freed blocks have them")
-        ids, roots, _ = salvage(self._source, 8, earlier.mapping_root)
-        _, records, _ = salvage(self._source, 24, earlier.details_root)
-        for device, root, record in zip(ids.tolist(), roots.tolist(), records.tolist(), strict=True):
-            self._devices[device] = _Device(root, record, Outcome.GUESSED)
+        for device, root in state.devices().items():
+            self._devices[device] = _Device(root, state.record(device), Outcome.GUESSED)
+        for device in [] if state.records is None else state.records.keys.tolist():
+            self._devices.setdefault(device, _Device(None, state.record(device), Outcome.GUESSED))
 
     def _look_for_the_lost(self, superblock: Superblock) -> None:
         """Roots of devices without one, and what damaged nodes led to."""
@@ -235,7 +246,7 @@ class _Repair:
             for number, device in self._devices.items()
             if device.root is None and device.record is not None
         }
-        complete = salvage(self._source, 8, superblock.mapping_root)[2]
+        complete = salvage(self._source, 8, superblock.mapping_root)[2] and not self._roots_were_named
         if wanted or not complete:
             self._adopt_roots(lost, wanted)
         self._replace_stale_roots(lost)
@@ -243,25 +254,36 @@ class _Repair:
         for device in self._devices.values():
             device.substitutes = substitutes
 
+    @property
+    def _roots_were_named(self) -> bool:
+        return self._found is not None and self._found.state is not None and self._found.state.named
+
     def _adopt_roots(self, lost: LostNodes, wanted: Mapping[int, int]) -> None:
         found = lost.roots_for(wanted)
         for number, root in found.certain.items():
             self._devices[number].root = root
             self._devices[number].outcome = Outcome.FOUND
+        nameless = list(found.nameless)
         for number, root in found.guessed.items():
+            if self._found is not None and self._root_of(number) is not None:
+                nameless.append(root)
+                continue
             device = self._devices.setdefault(number, _Device(None, None))
             if device.root is not None:
                 device.record = None  # of an earlier state, as the root was that is replaced here
             device.root, device.outcome = root, Outcome.GUESSED
         earlier = {number: device.root for number, device in self._devices.items() if device.root is not None}
-        for root in found.nameless:
-            nearest = lost.nearest(root, earlier)
+        for root in nameless:
+            nearest = lost.nearest(root, earlier) if self._found is None else None
             if nearest is not None and self._devices[nearest].outcome is Outcome.GUESSED:
                 self._devices[nearest] = _Device(root, None, Outcome.GUESSED)
                 continue
             self._devices[max(self._devices, default=-1) + 1] = _Device(root, None, Outcome.GUESSED)
         for number in wanted.keys() - found.certain.keys() - found.guessed.keys():
             self._devices[number].outcome = Outcome.GONE if wanted[number] else Outcome.FOUND
+
+    def _root_of(self, number: int) -> int | None:
+        return self._devices[number].root if number in self._devices else None
 
     def _replace_stale_roots(self, lost: LostNodes) -> None:
         """A list of roots may be older than the records: where a root of the recorded size is around, it is the one."""
@@ -344,41 +366,3 @@ def _outcome(device: _Device, mapped: int, recorded: int | None, lost: list[tupl
     if recorded is not None and recorded != mapped:
         return Outcome.SUSPECT
     return device.outcome
-
-
-def _made_superblock(base: Superblock | None, roots: PoolRoots, data_block_sectors: int) -> Superblock:
-    nothing = SpaceMapRoot(0, 0, 0, 0)
-    if base is None:
-        raw = Superblock.LAYOUT.size
-        base = Superblock(
-            0,
-            0,
-            bytes(16),
-            0,
-            0,
-            0,
-            0,
-            0,
-            nothing,
-            nothing,
-            0,
-            0,
-            data_block_sectors,
-            0,
-            0,
-            0,
-            0,
-            0,
-            bytes(4096 - raw),
-        )
-    return replace(
-        base,
-        location=SUPERBLOCK_LOCATION,
-        time=max(base.time, roots.time),
-        transaction_id=max(base.transaction_id, roots.transaction_id),
-        held_root=0,
-        data_space=replace(nothing, blocks=0),
-        metadata_space=nothing,
-        mapping_root=roots.mapping_root,
-        details_root=roots.details_root,
-    )

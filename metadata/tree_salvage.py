@@ -39,6 +39,7 @@ class TreeSalvage:
     Attributes:
         lost: half-open ranges of keys that cannot be read, ascending; an end may be 2**64.
         damaged: nodes that cannot be read.
+        misfits: blocks of intact nodes that are not the ones that were there: their keys belong elsewhere.
         reached: every intact block of the tree, with how often this tree names it.
     """
 
@@ -47,6 +48,7 @@ class TreeSalvage:
     substitutes: Substitutes = field(default_factory=dict)
     lost: list[tuple[int, int]] = field(default_factory=list)
     damaged: list[DamagedNode] = field(default_factory=list)
+    misfits: set[int] = field(default_factory=set)
     reached: dict[int, set[int]] = field(default_factory=dict)
 
     def mappings(self) -> Iterator[tuple[U64Array, U64Array]]:
@@ -70,11 +72,11 @@ class TreeSalvage:
             begin, end = int(begins[position]), int(lasts[position])
             location = int(children[position])
             if isinstance(part, Leaves):
-                yield from self._leaves(part, begins, lasts)
+                yield from self._leaves(part, children, begins, lasts)
             elif part is None:
                 yield from self._damaged(DamagedNode(location, begin, end, is_leaf), depth)
             elif part.leaf:
-                yield from self._leaves(Leaves.of(position, part), begins, lasts)
+                yield from self._leaves(Leaves.of(position, part), children, begins, lasts)
             else:
                 yield from self._inner(location, part, begin, end, depth)
 
@@ -83,17 +85,19 @@ class TreeSalvage:
     ) -> Iterator[tuple[U64Array, U64Array]]:
         fitting = (node.keys >= np.uint64(begin)) & (node.keys <= np.uint64(last))
         if depth >= TREE_DEPTH_MAX or not fitting.any():
+            self.misfits.add(location)
             self.lose(begin, last)
             return
         keys, values = node.keys[fitting], node.values[fitting]
         if not fitting.all():
+            self.misfits.add(location)
             self.lose(
                 begin, last
             )  # not the node that was there; what it leads to within the range is taken all the same
         yield from self._children(location, values, keys, last, depth + 1)
 
     def _leaves(
-        self, leaves: Leaves, begins: U64Array, lasts: U64Array
+        self, leaves: Leaves, children: U64Array, begins: U64Array, lasts: U64Array
     ) -> Iterator[tuple[U64Array, U64Array]]:
         low = np.repeat(begins[leaves.positions], leaves.counts)
         high = np.repeat(lasts[leaves.positions], leaves.counts)
@@ -104,6 +108,7 @@ class TreeSalvage:
         # A leaf with keys of another place is not the leaf that was there.
         owner = np.repeat(leaves.positions, leaves.counts)
         for position in np.unique(owner[~inside]).tolist():
+            self.misfits.add(int(children[position]))
             self.lose(int(begins[position]), int(lasts[position]))
         yield leaves.keys[inside], leaves.values[inside]
 
