@@ -86,6 +86,9 @@ class LazyDevices:
         with self._pool.engine.transaction:
             lazy = self._open.get(entry.device_id)
             if lazy is None:
+                present = self._pool.catalog.by_id(entry.device_id)
+                if present is None or not is_lazy(present):
+                    return None  # it was completed, or deleted, since the caller read its row
                 path = self._path(entry.tags[TAG])
                 try:
                     remote = RemoteBlocks.open(path)

@@ -22,6 +22,7 @@ from .errors import DeviceIncomplete, DeviceNotFrozen, NoSuchDevice, PoolNotServ
 from .lazy_devices import is_lazy
 from .pool_access import PoolAccess, open_here
 from .pool_location import PoolLocation
+from .store.keys import CHUNK_BYTES
 from .store.source import Ranges
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ class OpenPoolSource:
             ),
         )
 
+    def _bases(self, content_id: str) -> Iterator[CatalogEntry]:
+        return (entry for entry in self._others() if entry.content_id == content_id)
+
+    def _maps(self, entry: CatalogEntry, stored_bytes: int) -> bool:
+        blocks = self._pool.engine.metadata.device(entry.device_id).mapped_blocks
+        return _agree(stored_bytes, blocks * self.block_bytes, entry.size_bytes, self.block_bytes)
+
     def mapped(self, begin_bytes: int, end_bytes: int) -> Ranges:
         """See `BlockSource`."""
         from .delta import joined
@@ -107,11 +115,11 @@ class OpenPoolSource:
             if low < high:
                 yield low, high - low, True
 
-    def changes(self, base: str) -> Ranges | None:
+    def changes(self, base: str, mapped_bytes: int) -> Ranges | None:
         """See `BlockSource`."""
         from .delta import Change, changed_ranges
 
-        old = next((entry for entry in self._others() if entry.content_id == base), None)
+        old = next((entry for entry in self._bases(base) if self._maps(entry, mapped_bytes)), None)
         if old is None:
             return None
         found = changed_ranges(
@@ -202,10 +210,15 @@ class ServedSource:
                     yield position, length, True
                 position += length
 
-    def changes(self, base: str) -> Ranges | None:
+    def changes(self, base: str, mapped_bytes: int) -> Ranges | None:
         """See `BlockSource`."""
-        old = next((device for device in self._others() if device["content_id"] == base), None)
+        found = (device for device in self._others() if device["content_id"] == base)
+        old = next((device for device in found if self._maps(device, mapped_bytes)), None)
         return None if old is None else self._pages(str(old["name"]))
+
+    def _maps(self, device: Mapping[str, Any], stored_bytes: int) -> bool:
+        mapped_bytes, size_bytes = int(device["mapped_bytes"]), int(device["size_bytes"])
+        return _agree(stored_bytes, mapped_bytes, size_bytes, self.block_bytes)
 
     def _pages(self, old: str) -> Ranges:
         asked = {"old": old, "new": str(self._device["name"])}
@@ -216,6 +229,12 @@ class ServedSource:
     def read(self, offset: int, length_bytes: int) -> bytes:
         """See `BlockSource`."""
         return self._client().read(offset, length_bytes)
+
+
+def _agree(stored_bytes: int, mapped_bytes: int, size_bytes: int, block_bytes: int) -> bool:
+    """Whether a store has as much of a device as a pool: of the last block only chunks before the end are stored."""
+    beyond = (-size_bytes % block_bytes) // CHUNK_BYTES * CHUNK_BYTES
+    return stored_bytes in (mapped_bytes, mapped_bytes - beyond)
 
 
 def _frozen(name: str, *, read_only: bool, content_id: str | None, receiving: bool) -> str:

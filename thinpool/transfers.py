@@ -31,6 +31,7 @@ from .errors import (
     PartlyReceived,
     TargetDiverged,
 )
+from .lazy_devices import is_lazy
 from .names import check_name
 from .receiving_state import ReceivingState
 from .rollback import replace_tree
@@ -148,8 +149,10 @@ class Transfers:
             if entry.content_id == wanted.base_content_id and entry.receiving is None
         ]
         if holders:
-            self._pool.lazy.require_whole(holders[-1])
-            return holders[-1]
+            # One that is all here is as good as any other, whatever else is still being fetched.
+            holder = next((entry for entry in reversed(holders) if not is_lazy(entry)), holders[-1])
+            self._pool.lazy.require_whole(holder)
+            return holder
         self._refuse_diverged(wanted)
         namesake = self._pool.catalog.by_name(wanted.base_name)
         found = "" if namesake is None else namesake.content_id or "changed"

@@ -39,7 +39,7 @@ class FakeSnapshot:
             if low < high:
                 yield low, high - low, is_data
 
-    def changes(self, base: str) -> Iterator[tuple[int, int, bool]] | None:
+    def changes(self, base: str, mapped_bytes: int) -> Iterator[tuple[int, int, bool]] | None:
         old = next((other for other in self.device.snapshots if other.identity == base), None)
         if old is None:
             return None

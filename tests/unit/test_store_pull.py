@@ -221,6 +221,18 @@ def test_snapshots_of_a_lazy_device_are_what_it_was(url: str, open_one: Callable
     assert not store.packs()
 
 
+def test_whoever_read_the_row_of_a_device_before_it_was_completed_finds_a_whole_one(
+    url: str, open_one: Callable[..., Pool]
+) -> None:
+    pushed(url)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy", lazy=True))
+    before = entry_of(pool, "copy")
+    complete(pool, "copy")
+    assert pool.lazy.of(before) is None
+    assert pool.lazy.remote_bytes(before) == 0
+
+
 def test_an_absent_store_costs_only_what_is_not_here(
     url: str, open_one: Callable[..., Pool], tmp_path: Path
 ) -> None:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from thinpool.errors import StoreDamaged, StoredSnapshotExists
 
@@ -31,6 +30,7 @@ from .keys import CHUNK_BYTES
 from .known_chunks import KnownChunks
 from .manifests import SEGMENT_BYTES, Description, Manifest
 from .packs import PackNames, PackWriter, Uploads
+from .segment_work import SegmentWork, merged, segment_work, spans
 from .segments import SEGMENT_CHUNKS, ZERO_PLACE, Place, Segment
 from .source import BlockSource
 from .store import PENDING, Store
@@ -59,15 +59,6 @@ class PushReport:
     sent_bytes: int = 0
     segments_written: int = 0
     up_to_date: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentWork:
-    """Positions of one segment to store anew, and to empty."""
-
-    number: int
-    fresh: tuple[tuple[int, int], ...]
-    gone: tuple[tuple[int, int], ...]
 
 
 class Push:
@@ -182,7 +173,7 @@ class Push:
             base = None if stored_as is None else self._store.find_snapshot(stored_as)
             if base is None or base.about.device != identity:
                 continue
-            changes = self._source.changes(identity)
+            changes = self._source.changes(identity, base.about.mapped_bytes)
             if changes is None:
                 continue
             self._report.base = stored_as
@@ -218,13 +209,18 @@ class Push:
                 self._replace(manifest, number, segment, None)
 
     def _end_changes(self, base_bytes: int) -> list[tuple[int, int, bool]]:
-        """A chunk that holds the end of the device is cut by it: another end, another chunk."""
-        size = self._source.size_bytes
+        """A chunk that holds the end of the device is cut by it: another end, another chunk.
+
+        The chunks that follow it in the same block come with it: the block was mapped before, and only now are they
+        inside of the device.
+        """
+        size, block_bytes = self._source.size_bytes, self._source.block_bytes
         if size == base_bytes:
             return []
         end = min(size, base_bytes)
         begin = end // CHUNK_BYTES * CHUNK_BYTES
-        ranges = list(self._source.mapped(begin, min(size, begin + CHUNK_BYTES))) if begin < end else []
+        block_end = -(-end // block_bytes) * block_bytes
+        ranges = list(self._source.mapped(begin, min(size, block_end))) if begin < block_end else []
         if size < base_bytes:
             # Everything behind the new end, in the segment that has it.
             after = -(-size // CHUNK_BYTES) * CHUNK_BYTES
@@ -253,7 +249,7 @@ class Push:
                 if place.length_bytes and place.pack in stale
             ]
             if positions or manifest.segments[number].pack in stale:
-                work.append(SegmentWork(number, tuple(_spans(sorted(positions))), ()))
+                work.append(SegmentWork(number, tuple(spans(sorted(positions))), ()))
         return work
 
     # --- doing it ---
@@ -390,49 +386,3 @@ class Push:
         numbers = sorted(manifest.segments)
         for first in range(0, len(numbers), 256):
             yield from self._loaded(manifest, numbers[first : first + 256]).items()
-
-
-# --- ranges and segments ---
-
-
-def segment_work(ranges: Iterable[tuple[int, int, bool]]) -> Iterator[SegmentWork]:
-    """Cut ranges of a device at the borders of segments, and group them."""
-
-    def pieces() -> Iterator[tuple[int, int, int, bool]]:
-        for offset, length, is_data in ranges:
-            chunk, end = offset // CHUNK_BYTES, -(-(offset + length) // CHUNK_BYTES)
-            while chunk < end:
-                number, position = divmod(chunk, SEGMENT_CHUNKS)
-                count = min(end - chunk, SEGMENT_CHUNKS - position)
-                yield number, position, position + count, is_data
-                chunk += count
-
-    for number, group in groupby(pieces(), key=lambda piece: piece[0]):
-        found = list(group)
-        yield SegmentWork(
-            number,
-            tuple((begin, end) for _, begin, end, is_data in found if is_data),
-            tuple((begin, end) for _, begin, end, is_data in found if not is_data),
-        )
-
-
-def merged(left: Iterable[SegmentWork], right: Iterable[SegmentWork]) -> list[SegmentWork]:
-    """The work of both, by segment; what one empties the other does not fill."""
-    result = {work.number: work for work in left}
-    for work in right:
-        mine = result.get(work.number)
-        if mine is None:
-            result[work.number] = work
-            continue
-        taken = {p for begin, end in (*mine.fresh, *mine.gone) for p in range(begin, end)}
-        extra = [p for begin, end in work.fresh for p in range(begin, end) if p not in taken]
-        fresh = (*mine.fresh, *_spans(extra))
-        result[work.number] = SegmentWork(work.number, tuple(sorted(fresh)), mine.gone)
-    return [result[number] for number in sorted(result)]
-
-
-def _spans(positions: list[int]) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive positions."""
-    for _, group in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0]):
-        run = [position for _, position in group]
-        yield run[0], run[-1] + 1

@@ -35,8 +35,12 @@ class BlockSource(Protocol):
     def mapped(self, begin_bytes: int, end_bytes: int) -> Ranges:
         """Ranges that are mapped, all DATA."""
 
-    def changes(self, base: str) -> Ranges | None:
-        """What differs from a relative, found without reading data; None where that cannot be told."""
+    def changes(self, base: str, mapped_bytes: int) -> Ranges | None:
+        """What differs from a relative, found without reading data; None where that cannot be told.
+
+        Of devices with one content those that have another size of what is mapped are no relatives: a copy that went
+        through a pool with larger blocks has zeros where the first one has holes.
+        """
 
     def read(self, offset: int, length_bytes: int) -> bytes | bytearray | memoryview:
         """Content."""

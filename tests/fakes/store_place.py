@@ -1,0 +1,79 @@
+"""A store that can go away and come back: a directory that is moved, or obstore's memory behind a switch."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from thinpool.store import backends
+from thinpool.store.backends import open_objects
+from thinpool.store.objects import Backend, Listed, PassingError
+from thinpool.store.store import Store
+
+
+class Switched:
+    """A backend that fails, in the way that may pass, for as long as `away` is set."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.away = False
+
+    def _ask(self) -> Backend:
+        if self.away:
+            raise PassingError("switched off")
+        return self.inner
+
+    def put(self, key: str, data: bytes, *, create: bool) -> bool:
+        return self._ask().put(key, data, create=create)
+
+    def get(self, key: str, offset: int, length_bytes: int | None) -> bytes:
+        return self._ask().get(key, offset, length_bytes)
+
+    def head(self, key: str) -> Listed:
+        return self._ask().head(key)
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        return self._ask().list(prefix)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self._ask().delete(keys)
+
+
+class StorePlace:
+    """A new store: in a directory below `work`, or in memory where there is none."""
+
+    def __init__(self, work: Path | None, secret: bytes | None = None) -> None:
+        self._directory = None if work is None else work / "store"
+        self.secret = secret
+        self._switch: Switched | None = None
+        if self._directory is not None:
+            self.url = self._directory.as_uri()
+        else:
+            self.url = f"memory://{secrets.token_hex(8)}"
+            self._switch = Switched(open_objects(self.url)._backend)
+            backends._memories[self.url] = self._switch
+        self.is_away = False
+        self.store = Store.open(self.url, secret, create=True)
+
+    def go_away(self) -> None:
+        """From now on nothing is found there."""
+        self.is_away = True
+        if self._switch is not None:
+            self._switch.away = True
+        else:
+            assert self._directory is not None
+            self._directory.rename(self._directory.with_name("store-away"))
+
+    def come_back(self) -> None:
+        """It is there again, as it was."""
+        self.is_away = False
+        if self._switch is not None:
+            self._switch.away = False
+        else:
+            assert self._directory is not None
+            self._directory.with_name("store-away").rename(self._directory)
+
+    def end(self) -> None:
+        """Memory is given back; a directory belongs to whoever made it."""
+        backends._memories.pop(self.url, None)
