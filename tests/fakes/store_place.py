@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from thinpool.store import backends
 from thinpool.store.backends import open_objects
-from thinpool.store.objects import Backend, Listed, PassingError
+from thinpool.store.objects import Backend, PassingError
 from thinpool.store.store import Store
 
 
@@ -19,25 +20,15 @@ class Switched:
         self.inner = inner
         self.away = False
 
-    def _ask(self) -> Backend:
-        if self.away:
-            raise PassingError("switched off")
-        return self.inner
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self.inner, name)
 
-    def put(self, key: str, data: bytes, *, create: bool) -> bool:
-        return self._ask().put(key, data, create=create)
+        def switched(*arguments: Any, **named: Any) -> Any:
+            if self.away:
+                raise PassingError("switched off")
+            return call(*arguments, **named)
 
-    def get(self, key: str, offset: int, length_bytes: int | None) -> bytes:
-        return self._ask().get(key, offset, length_bytes)
-
-    def head(self, key: str) -> Listed:
-        return self._ask().head(key)
-
-    def list(self, prefix: str) -> Iterator[Listed]:
-        return self._ask().list(prefix)
-
-    def delete(self, keys: Sequence[str]) -> None:
-        self._ask().delete(keys)
+        return switched
 
 
 class StorePlace:
