@@ -46,7 +46,8 @@ __all__ = ["Catalog", "CatalogEntry", "Change", "Drop", "Put"]
 
 MEMORY = ":memory:"
 APPLICATION_ID = 0x74686E70  # "thnp", in the SQLite header: file(1) and we tell it from other databases
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+TRANSACTION = "transaction-id"  # beside the settings: the metadata's, when a change of both was done last
 BUSY_TIMEOUT_SECONDS = 5.0
 HEADER = struct.Struct(
     ">68sI28x"
@@ -56,12 +57,13 @@ SCHEMA = """
 CREATE TABLE device (
     device_id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
     read_only INTEGER NOT NULL, origin TEXT, created REAL NOT NULL, tags TEXT NOT NULL,
-    uuid TEXT, content_id TEXT, receiving TEXT, reservation_bytes INTEGER NOT NULL DEFAULT 0
+    uuid TEXT, content_id TEXT, receiving TEXT, reservation_bytes INTEGER NOT NULL DEFAULT 0,
+    made_in TEXT
 ) STRICT;
 CREATE TABLE staged (
     sequence INTEGER PRIMARY KEY, transaction_id TEXT NOT NULL, device_id INTEGER NOT NULL, dropped INTEGER NOT NULL,
     name TEXT, size_bytes INTEGER, read_only INTEGER, origin TEXT, created REAL, tags TEXT,
-    uuid TEXT, content_id TEXT, receiving TEXT, reservation_bytes INTEGER DEFAULT 0
+    uuid TEXT, content_id TEXT, receiving TEXT, reservation_bytes INTEGER DEFAULT 0, made_in TEXT
 ) STRICT;
 CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
@@ -148,7 +150,7 @@ class Catalog:
         """Apply what is staged for that id and forget all intentions, in one SQLite transaction."""
         with self._failing():
             changes = self._staged(transaction_id)
-        self._apply(changes, forget_staged=True)
+        self._apply(changes, promoted=transaction_id)
 
     def assume(self, changes: Sequence[Change]) -> None:
         """Know the rows after changes that are staged and whose metadata is committed, where they cannot be promoted.
@@ -169,11 +171,22 @@ class Catalog:
         if pending:
             self.promote(superblock_transaction_id)
 
+    @property
+    def transaction_id(self) -> int | None:
+        """The metadata's transaction id when a change of both was done last; None where none was yet."""
+        noted = self.setting(TRANSACTION)
+        return int(noted) if noted is not None and noted.isascii() and noted.isdecimal() else None
+
+    def note_transaction(self, transaction_id: int) -> None:
+        """Take the metadata's present transaction id for that of the rows."""
+        with self._transaction():
+            self._note_transaction(transaction_id)
+
     # --- changes of the catalogue alone ---
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Change rows in one durable SQLite transaction. The order of the changes does not matter to names."""
-        self._apply(changes, forget_staged=False)
+        self._apply(changes)
 
     def settings(self) -> dict[str, str]:
         """Return all pool settings."""
@@ -200,7 +213,7 @@ class Catalog:
 
     # --- inside ---
 
-    def _apply(self, changes: Sequence[Change], *, forget_staged: bool) -> None:
+    def _apply(self, changes: Sequence[Change], *, promoted: int | None = None) -> None:
         resulting = self._resulting(changes)
         # By id, the last change of each counts; removed first and inserted then, so that names may change hands.
         final = {device_id_of(change): change for change in changes}
@@ -210,9 +223,15 @@ class Catalog:
                 f"INSERT INTO device VALUES ({PLACES})",  # noqa: S608
                 [row_of(change.entry) for change in final.values() if isinstance(change, Put)],
             )
-            if forget_staged:
+            if promoted is not None:
                 self._connection.execute("DELETE FROM staged")
+                self._note_transaction(promoted)
         self._remember(resulting)
+
+    def _note_transaction(self, transaction_id: int) -> None:
+        self._connection.execute(
+            "INSERT OR REPLACE INTO setting VALUES (?, ?)", (TRANSACTION, str(transaction_id))
+        )
 
     def _resulting(self, changes: Sequence[Change]) -> dict[int, CatalogEntry]:
         """The rows after `changes`. Raises DeviceExists where two would have one name."""
@@ -254,7 +273,7 @@ class Catalog:
         if found != "ok":
             raise CatalogDamaged(self._path, str(found))
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version in (1, 2):
+        if 1 <= version < SCHEMA_VERSION:
             self._take_over(version)
             version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
@@ -265,10 +284,13 @@ class Catalog:
         with self._transaction():
             if version == 1:
                 self._give_identities()
-            self._connection.execute(
-                "ALTER TABLE device ADD COLUMN reservation_bytes INTEGER NOT NULL DEFAULT 0"
-            )
-            self._connection.execute("ALTER TABLE staged ADD COLUMN reservation_bytes INTEGER DEFAULT 0")
+            if version <= 2:
+                self._connection.execute(
+                    "ALTER TABLE device ADD COLUMN reservation_bytes INTEGER NOT NULL DEFAULT 0"
+                )
+                self._connection.execute("ALTER TABLE staged ADD COLUMN reservation_bytes INTEGER DEFAULT 0")
+            for table in ("device", "staged"):
+                self._connection.execute(f"ALTER TABLE {table} ADD COLUMN made_in TEXT")
             self._connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _give_identities(self) -> None:

@@ -14,7 +14,7 @@ from .content_identity import derived_identity, frozen_content_id, new_identity
 
 COLUMNS = (
     "device_id, name, size_bytes, read_only, origin, created, tags, uuid, content_id, receiving, "
-    "reservation_bytes"
+    "reservation_bytes, made_in"
 )
 COLUMNS_COUNT = COLUMNS.count(",") + 1
 CREATED_SECONDS_MAX = 253402300800  # the year 10000, where datetime ends
@@ -26,7 +26,8 @@ class CatalogEntry:
 
     `content_id` is None where the content may have changed since it had one (`content_identity.py`). `receiving` is
     None for every device that is whole; otherwise it is the JSON of how far receiving it got. `reservation_bytes` are
-    set aside for the device (`reservations.py`), 0 for none.
+    set aside for the device (`reservations.py`), 0 for none. `made_in` is the metadata's transaction id when the device
+    was made, as its record there has it; None where that is not known yet (`reconciling.py`).
     """
 
     device_id: int
@@ -40,6 +41,7 @@ class CatalogEntry:
     content_id: str | None = None
     receiving: str | None = None
     reservation_bytes: int = 0
+    made_in: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,13 @@ def row_of(entry: CatalogEntry) -> tuple[object, ...]:
         entry.content_id,
         entry.receiving,
         entry.reservation_bytes,
+        # Transaction ids have 64 unsigned bits and SQLite's integers 63: kept as text.
+        None if entry.made_in is None else str(entry.made_in),
     )
 
 
 def staged_row_of(transaction_id: int, change: Change) -> tuple[object, ...]:
     """Return the columns of a staged row, after its sequence number."""
-    # Transaction ids have 64 unsigned bits and SQLite's integers 63: kept as text.
     if isinstance(change, Drop):
         return (str(transaction_id), change.device_id, 1, *[None] * (COLUMNS_COUNT - 1))
     device_id, *rest = row_of(change.entry)
@@ -104,6 +107,7 @@ def entry_of(row: Sequence[object]) -> CatalogEntry:
         content_id,
         receiving,
         reserved,
+        made_in,
     ) = row
     decoded = json.loads(str(tags))
     if not isinstance(device_id, int) or not isinstance(size_bytes, int) or not isinstance(decoded, dict):
@@ -125,6 +129,7 @@ def entry_of(row: Sequence[object]) -> CatalogEntry:
         content_id=None if content_id is None else str(uuid.UUID(str(content_id))),
         receiving=None if receiving is None else str(receiving),
         reservation_bytes=reserved,
+        made_in=None if made_in is None else int(str(made_in)),
     )
 
 

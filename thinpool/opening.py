@@ -7,14 +7,11 @@ however many mappings there are: no full check is needed after a crash, because 
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import shutil
 import tempfile
-import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 
 from metadata import (
@@ -28,8 +25,7 @@ from metadata import (
     format_pool,
 )
 
-from .catalog import Catalog, CatalogEntry, Drop, Put
-from .content_identity import frozen_content_id, identity_of_unnamed
+from .catalog import Catalog
 from .data_file import DataFile
 from .description import METADATA_BLOCK_BYTES
 from .engine import Engine
@@ -43,11 +39,11 @@ from .errors import (
     RecoveryFailed,
     RecoveryLost,
 )
-from .lvm_names import read_names
 from .mapping_journal import Entry, MappingJournal, Witness, announce_replay, forget_journal, left_behind
 from .pool import Pool
 from .pool_location import PoolLocation
 from .pool_lock import PoolLock
+from .reconciling import reconcile, take_names
 from .replay import EntriesUnfitError, replay
 
 SECTOR_BYTES = 512
@@ -56,10 +52,8 @@ BLOCK_BYTES_MAX = 1 << 30
 METADATA_BLOCKS_MIN = 512
 METADATA_BLOCKS_DEFAULT_MIN = 16384
 METADATA_BLOCKS_MAX = 255 * 16320  # drivers/md/dm-thin-metadata.h, THIN_METADATA_MAX_SECTORS
-# A device found without a name is as long as its last mapping says, rounded to LVM's usual extent.
 # Failures that say nothing about a file: the next try may go well.
 PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
-UNNAMED_SIZE_STEP_BYTES = 4 << 20
 
 log = logging.getLogger("thinpool")
 
@@ -184,8 +178,8 @@ def _opened(location: PoolLocation, lock: PoolLock, read_only: bool) -> Pool:
         undoing.callback(catalog.close)
         catalog.recover(metadata.transaction_id)
         if location.names_path is not None:
-            _take_names(catalog, metadata, location.names_path, data.block_bytes)
-        _reconcile(catalog, metadata, data.block_bytes)
+            take_names(catalog, metadata, location.names_path, data.block_bytes)
+        reconcile(catalog, metadata, data.block_bytes)
         journal = _begin_journal(location) if writable else None
         if journal is not None:
             undoing.callback(journal.close)
@@ -302,61 +296,3 @@ def _open_catalog(location: PoolLocation, *, writable: bool) -> Catalog:
         log.warning("%s has no catalogue; devices are named after their ids", location)
         return Catalog.create(location.catalog_path if writable else ":memory:")
     return Catalog.open(location.catalog_path, writable=writable)
-
-
-def _reconcile(catalog: Catalog, metadata: PoolMetadata, block_bytes: int) -> None:
-    """Names follow the metadata: the kernel may have made or deleted devices meanwhile."""
-    present = {record.device_id for record in metadata.devices()}
-    known = {entry.device_id: entry for entry in catalog.entries()}
-    names = {entry.name for entry in known.values()}
-    changes: list[Put | Drop] = []
-    for device_id, entry in known.items():
-        if device_id not in present:
-            log.warning(
-                "device %r (id %d) is not in the metadata any more; its name is dropped",
-                entry.name,
-                device_id,
-            )
-            changes.append(Drop(device_id))
-    for device_id in sorted(present - known.keys()):
-        plain = f"thin-{device_id}"
-        candidates = itertools.chain([plain], (f"{plain}.{number}" for number in itertools.count(2)))
-        name = next(candidate for candidate in candidates if candidate not in names)
-        names.add(name)
-        size_bytes = _length_found(metadata, device_id, block_bytes)
-        found = identity_of_unnamed(metadata, device_id)
-        changes.append(Put(CatalogEntry(device_id, name, size_bytes, False, None, time.time(), uuid=found)))
-    if changes:
-        catalog.apply(changes)
-
-
-def _take_names(catalog: Catalog, metadata: PoolMetadata, path: Path, block_bytes: int) -> None:
-    """Name the devices of a bare pool after a file. Raises NamesUnusable, BadName, OSError."""
-    present = {record.device_id for record in metadata.devices()}
-    now = time.time()
-    changes = []
-    for device in read_names(path, present):
-        size_bytes = device.size_bytes or _length_found(metadata, device.device_id, block_bytes)
-        entry = CatalogEntry(device.device_id, device.name, size_bytes, device.read_only, device.origin, now)
-        found = identity_of_unnamed(metadata, device.device_id)
-        content_id = frozen_content_id(found, read_only=device.read_only)
-        changes.append(Put(replace(entry, uuid=found, content_id=content_id)))
-    catalog.apply(changes)
-
-
-def _length_found(metadata: PoolMetadata, device_id: int, block_bytes: int) -> int:
-    """How long a device is that nobody told the length of."""
-    steps = -(-(_highest_mapped(metadata, device_id) + 1) * block_bytes // UNNAMED_SIZE_STEP_BYTES)
-    return max(steps, 1) * UNNAMED_SIZE_STEP_BYTES
-
-
-def _highest_mapped(metadata: PoolMetadata, device_id: int) -> int:
-    """The last mapped virtual block of a device, -1 when there is none: a binary search over the tree."""
-    low, high = -1, 1 << 64
-    while high - low > 1:
-        middle = (low + high) // 2
-        if next(iter(metadata.mappings(device_id, middle)), None) is None:
-            high = middle
-        else:
-            low = middle
-    return low

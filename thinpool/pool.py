@@ -210,7 +210,8 @@ class Pool:
         with self.engine.transaction:
             self._new_name(name)
             self._admit(size_bytes, force=force)
-            entry = finished(CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {}))
+            fresh = CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {})
+            entry = finished(replace(fresh, made_in=self._metadata.transaction_id))
             with self.reserved.of_new(entry), self._step([Put(entry)]), self.engine.changing_tree():
                 self._metadata.create_device(entry.device_id)
             return entry
@@ -227,7 +228,8 @@ class Pool:
             self._new_name(name)
             self._admit(source.size_bytes, force=force)
             entry = CatalogEntry(self._new_id(), name, source.size_bytes, read_only, origin, time.time(), {})
-            entry = replace(entry, content_id=source.content_id or new_identity())
+            content_id = source.content_id or new_identity()
+            entry = replace(entry, content_id=content_id, made_in=self._metadata.transaction_id)
             entry, fork = self.lazy.forked(source, entry)
             with self._step([Put(entry)]):
                 self._device(source).take_point_in_time(entry.device_id, fork)

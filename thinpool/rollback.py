@@ -31,6 +31,7 @@ def roll_back(pool: Pool, name: str, snapshot: str, keep: str | bool | None) -> 
     )
     reservation_bytes = min(entry.reservation_bytes, source.size_bytes)
     fresh = replace(fresh, uuid=entry.uuid, content_id=source.content_id, reservation_bytes=reservation_bytes)
+    fresh = replace(fresh, made_in=pool.engine.metadata.transaction_id)
     changes: list[Put | Drop] = []
     if keep is False:
         changes = [Drop(entry.device_id), *pool._reparented(name, name)]

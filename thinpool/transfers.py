@@ -116,6 +116,7 @@ class Transfers:
             origin=None if base is None else base.name,
             created=time.time(),
             receiving=state.to_text(),
+            made_in=pool.engine.metadata.transaction_id,
         )
         with pool._step([Put(entry)]):
             if base is None:
@@ -305,6 +306,7 @@ class Transfers:
                 created=time.time(),
                 tags={TEMPORARY_TAG: "send"},
                 content_id=entry.content_id or new_identity(),
+                made_in=pool.engine.metadata.transaction_id,
             )
             with pool._step([Put(made)]):
                 pool._device(entry).take_point_in_time(made.device_id)

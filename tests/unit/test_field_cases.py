@@ -6,7 +6,6 @@ docs/crash-safety.md lists them all, with the test of each.
 from __future__ import annotations
 
 import errno
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -324,28 +323,3 @@ def test_snapshots_go_in_any_order(make: Callable[..., Pool]) -> None:
         pool.delete(name)
     assert not pool.devices()
     assert pool.status().data_used_bytes == 0
-
-
-def test_yesterdays_names_with_todays_metadata(tmp_path: Path) -> None:
-    """B131: an old catalogue put back never keeps a pool from opening; nothing is lost but names."""
-    create_pool(path := tmp_path / "pool", size_bytes=64 * BLOCK)
-    pool = open_pool(PoolLocation.directory(path))
-    pool.create_device("kept", 4 * BLOCK)
-    pool.create_device("gone", 4 * BLOCK)
-    pool.close()
-    shutil.copy(path / "catalog", tmp_path / "yesterday")
-    pool = open_pool(PoolLocation.directory(path))
-    pool.delete("gone")
-    pool.create_device("other", 4 * BLOCK)
-    fill(pool, "other", range(4))
-    pool.close()
-    shutil.copy(tmp_path / "yesterday", path / "catalog")
-    pool = open_pool(PoolLocation.directory(path))
-    names = sorted(device.name for device in pool.devices())
-    assert "kept" in names
-    assert len(names) == 2 or names == ["gone", "kept"]
-    pool.create_device("fresh", 4 * BLOCK)
-    fresh = session_on(pool, "fresh")
-    assert not any(fresh.read_bytes(0, 4 * BLOCK))
-    fresh.close()
-    pool.close()
