@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from thinpool.opening import create_pool, open_pool
@@ -21,6 +23,7 @@ from thinpool.source_access import SourceRequest, held_here
 from thinpool.stream_format import HEADER_BYTES, PREAMBLE_BYTES, RecordHeader
 
 BLOCK = 64 << 10
+MIB = 1 << 20
 WORK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
@@ -111,3 +114,30 @@ def picture(pool: Pool) -> dict[str, object]:
         for info in pool.devices()
     }
     return {"devices": devices, "used": pool.status().data_used_bytes}
+
+
+def two_days(pool: Pool) -> None:
+    """`disk` with snapshots `mon` and `tue`: data that packs and data that does not, holes, and a longer end."""
+    noise = random.Random(5)
+    pool.create_device("disk", 4 * MIB + 100)
+    write(pool, "disk", 0, noise.randbytes(MIB))
+    write(pool, "disk", 3 * MIB, b"q" * MIB)
+    pool.create_snapshot("disk", "mon", read_only=True)
+    write(pool, "disk", 5, noise.randbytes(3 * BLOCK))
+    discard(pool, "disk", 3 * MIB, 4 * BLOCK)
+    write(pool, "disk", 3 * MIB + BLOCK, b"in the hole")
+    write(pool, "disk", 2 * MIB, b"z" * 5 * BLOCK)
+    pool.resize("disk", 5 * MIB)
+    write(pool, "disk", 5 * MIB - 1, b"!")
+    pool.create_snapshot("disk", "tue", read_only=True)
+
+
+def token_of(pool: Pool) -> str:
+    """The token of the half-received device."""
+    return next(info.resume_token for info in pool.devices() if info.resume_token)
+
+
+def records(stream: bytes) -> list[bytes]:
+    """Each record with its payload."""
+    places = boundaries(stream)
+    return [stream[low:high] for low, high in pairwise(places)]

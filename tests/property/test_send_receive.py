@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,11 @@ from tests.fakes.transfer_pools import (
     discard,
     new_pool,
     picture,
+    records,
     stream_of,
     take_in,
+    token_of,
+    two_days,
     write,
     zero,
 )
@@ -44,18 +46,13 @@ from thinpool.errors import (
     DeviceReceiving,
     NoSpace,
     NotReceiving,
-    PartlyReceived,
-    ResumeMismatch,
     StreamDamaged,
-    StreamUnsupported,
     TargetDiverged,
     ThinPoolError,
 )
 from thinpool.pool import Pool
 from thinpool.receiving import ReceiveOptions, receive
-from thinpool.receiving_state import ResumeToken
 from thinpool.source_access import SourceRequest, hold, release
-from thinpool.stream_format import HEADER_BYTES, OPTIONAL, PREAMBLE_BYTES, RecordHeader
 
 MIB = 1 << 20
 BLOCKS = 24
@@ -164,161 +161,6 @@ def test_histories_arrive_as_they_were(steps: list[tuple], chance: random.Random
         shutil.rmtree(place)
 
 
-def two_days(pool: Pool) -> None:
-    """`disk` with snapshots `mon` and `tue`: data that packs and data that does not, holes, and a longer end."""
-    noise = random.Random(5)
-    pool.create_device("disk", 4 * MIB + 100)
-    write(pool, "disk", 0, noise.randbytes(MIB))
-    write(pool, "disk", 3 * MIB, b"q" * MIB)
-    pool.create_snapshot("disk", "mon", read_only=True)
-    write(pool, "disk", 5, noise.randbytes(3 * BLOCK))
-    discard(pool, "disk", 3 * MIB, 4 * BLOCK)
-    write(pool, "disk", 3 * MIB + BLOCK, b"in the hole")
-    write(pool, "disk", 2 * MIB, b"z" * 5 * BLOCK)
-    pool.resize("disk", 5 * MIB)
-    write(pool, "disk", 5 * MIB - 1, b"!")
-    pool.create_snapshot("disk", "tue", read_only=True)
-
-
-def test_every_cut_is_refused_and_changes_nothing(source: Pool, target: Pool):
-    two_days(source)
-    take_in(target, stream_of(source, "mon"), "mon")
-    stream = stream_of(source, "tue", "mon")
-    before = picture(target)
-    places = boundaries(stream)
-    cuts = {*places[:-1], *(place + 7 for place in places[:-1]), *(place - 1 for place in places), 0, 3}
-    for cut in sorted(cuts):
-        with pytest.raises(StreamDamaged):
-            take_in(target, stream[:cut], "tue")
-        assert picture(target) == before, cut
-    take_in(target, stream, "tue")
-    assert content(target, "tue") == content(source, "tue")
-
-
-def _token(pool: Pool) -> str:
-    return next(info.resume_token for info in pool.devices() if info.resume_token)
-
-
-def moved(token: str) -> str:
-    known = ResumeToken.from_text(token)
-    return replace(known, position_bytes=known.position_bytes + 1).to_text()
-
-
-def test_every_cut_can_be_resumed(source: Pool, target: Pool):
-    two_days(source)
-    take_in(target, stream_of(source, "mon"), "mon")
-    stream = stream_of(source, "tue", "mon")
-    wanted = content(source, "tue"), allocation(source, "tue")
-    places = boundaries(stream)
-    for number, cut in enumerate([*places[1:-1], *(place + HEADER_BYTES // 2 for place in places[1:-1])]):
-        name = f"t{number}"
-        with pytest.raises(StreamDamaged):
-            take_in(target, stream[:cut], name, resumable=True)
-        assert target.catalog.by_name(name) is None
-        token = _token(target)
-        with (
-            pytest.raises((PartlyReceived, ResumeMismatch))
-            if cut > places[2]
-            else pytest.raises(ThinPoolError)
-        ):
-            take_in(target, stream_of(source, "mon"), name)
-        take_in(target, stream_of(source, token=token), name)
-        assert (content(target, name), allocation(target, name)) == wanted
-    assert not [info for info in target.devices() if info.receiving]
-
-
-def test_flipped_bits_are_refused_and_change_nothing(source: Pool, target: Pool):
-    two_days(source)
-    take_in(target, stream_of(source, "mon"), "mon")
-    stream = stream_of(source, "tue", "mon")
-    before = picture(target)
-    chance = random.Random(11)
-    starts = boundaries(stream)[:-1]
-    places = [chance.randrange(len(stream) * 8) for _ in range(60)]
-    places += [
-        (start + chance.randrange(HEADER_BYTES)) * 8 + chance.randrange(8)
-        for start in starts
-        for _ in range(3)
-    ]
-    places += [chance.randrange(PREAMBLE_BYTES * 8) for _ in range(10)]
-    for place in places:
-        damaged = bytearray(stream)
-        damaged[place // 8] ^= 1 << place % 8
-        with pytest.raises((StreamDamaged, StreamUnsupported)):
-            take_in(target, bytes(damaged), "tue")
-    assert picture(target) == before
-
-
-def records(stream: bytes) -> list[bytes]:
-    places = boundaries(stream)
-    return [stream[low:high] for low, high in pairwise(places)]
-
-
-def test_records_that_change_places_go_missing_or_come_twice(source: Pool, target: Pool):
-    two_days(source)
-    stream = stream_of(source, "mon")
-    head, parts = stream[:PREAMBLE_BYTES], records(stream)
-    before = picture(target)
-    chance = random.Random(3)
-    for _ in range(20):
-        changed = list(parts)
-        first, second = chance.sample(range(len(parts)), 2)
-        match chance.randrange(3):
-            case 0:
-                changed[first], changed[second] = changed[second], changed[first]
-            case 1:
-                del changed[first]
-            case _:
-                changed.insert(second, parts[first])
-        with pytest.raises(StreamDamaged):
-            take_in(target, head + b"".join(changed), "mon")
-    for more in (b"x", stream):
-        with pytest.raises(StreamDamaged):
-            take_in(target, stream + more, "mon")
-    assert picture(target) == before
-
-
-def renumbered(stream: bytes, parts: list[bytes]) -> bytes:
-    """Records with numbers and checksums made right again, the last one left as it was."""
-    made = []
-    for number, part in enumerate(parts):
-        header, payload = RecordHeader.decode(part[:HEADER_BYTES]), part[HEADER_BYTES:]
-        made.append(replace(header, number=number).encode(payload) + payload)
-    return stream[:PREAMBLE_BYTES] + b"".join(made)
-
-
-def test_a_stream_put_together_anew_fails_by_its_whole(source: Pool, target: Pool):
-    """Checksums of records can be made right by anybody; the whole is not, and then no part of it is kept."""
-    two_days(source)
-    stream = stream_of(source, "mon")
-    parts = records(stream)
-    before = picture(target)
-    with pytest.raises(StreamDamaged):
-        take_in(target, renumbered(stream, parts[:2] + parts[3:]), "mon", resumable=True)
-    assert picture(target) == before
-
-
-def test_unknown_records_are_skipped_where_they_may_be(source: Pool, target: Pool):
-    two_days(source)
-    stream = stream_of(source, "mon")
-    parts = records(stream)
-    for kind, error in ((5, StreamUnsupported), (OPTIONAL | 5, StreamDamaged)):
-        extra = RecordHeader(kind, 0, 0, 0, 0, 0).encode(b"new") + b"new"
-        with pytest.raises(error, match="kind 5" if error is StreamUnsupported else "SHA-256"):
-            take_in(target, renumbered(stream, [parts[0], extra, *parts[1:]]), "mon")
-
-
-def test_later_versions_are_told_from_damage(source: Pool, target: Pool):
-    from metadata.checksum import crc32c
-
-    two_days(source)
-    stream = bytearray(stream_of(source, "mon"))
-    stream[12:14] = b"\0\2"
-    stream[16:20] = crc32c(stream[:16]).to_bytes(4, "big")
-    with pytest.raises(StreamUnsupported, match="version 2"):
-        take_in(target, bytes(stream), "mon")
-
-
 def test_the_base_is_checked_before_anything_is_written(source: Pool, target: Pool):
     two_days(source)
     write(source, "disk", 0, b"wednesday")
@@ -398,7 +240,7 @@ def test_a_half_received_device_is_nowhere_to_be_used(source: Pool, target: Pool
     with pytest.raises(ThinPoolError):
         stream_of(target, hidden)
     with pytest.raises(NotReceiving):
-        take_in(target, stream_of(source, token=_token(target)), "other")
+        take_in(target, stream_of(source, token=token_of(target)), "other")
     target.transfers.abort("mon")
     assert target.devices() == []
     assert target.status().data_used_bytes == 0
@@ -411,7 +253,7 @@ def test_one_stream_at_a_time_runs_into_a_device(source: Pool, target: Pool):
     stream = stream_of(source, "mon")
     with pytest.raises(StreamDamaged):
         take_in(target, stream[: boundaries(stream)[2]], "mon", resumable=True)
-    rest = stream_of(source, token=_token(target))
+    rest = stream_of(source, token=token_of(target))
     entry, _ = target.transfers.partial("mon")
     target.transfers.claim(entry)
     with pytest.raises(DeviceInUse):
@@ -429,7 +271,7 @@ def test_tokens_of_what_is_gone(source: Pool, target: Pool):
     stream = stream_of(source, "tue", "mon")
     with pytest.raises(StreamDamaged):
         take_in(target, stream[: boundaries(stream)[2]], "tue", resumable=True)
-    token = _token(target)
+    token = token_of(target)
     source.delete("mon")
     with pytest.raises(ContentGone, match="base"):
         stream_of(source, token=token)
@@ -448,7 +290,7 @@ def test_a_full_pool_refuses_and_is_as_before(source: Pool, place: Path):
         with pytest.raises(NoSpace):
             take_in(small, stream_of(source, "mon"), "mon", resumable=True)
         small.grow(8 * MIB)
-        take_in(small, stream_of(source, token=_token(small)), "mon")
+        take_in(small, stream_of(source, token=token_of(small)), "mon")
         assert content(small, "mon") == content(source, "mon")
 
 
