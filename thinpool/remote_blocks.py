@@ -82,7 +82,11 @@ class RemoteBlocks:
     @classmethod
     def open(cls, path: Path) -> RemoteBlocks:
         """Read a file. Raises PoolDamaged, OSError."""
-        data = _read_all(path)
+        return cls.decode(path, _read_all(path))
+
+    @classmethod
+    def decode(cls, path: Path, data: bytes) -> RemoteBlocks:
+        """What the bytes of a file say. Raises PoolDamaged."""
         try:
             header = json.loads(data[:HEADER_BYTES].rstrip(b"\0"))
             count = header.pop("blocks")

@@ -208,9 +208,10 @@ class Transfers:
     def note(self, entry: CatalogEntry, position_bytes: int) -> CatalogEntry:
         """Everything below `position_bytes` is there: made durable first, noted then."""
         pool = self._pool
-        state = ReceivingState.from_text(entry.receiving or "")
-        moved = replace(entry, receiving=replace(state, position_bytes=position_bytes).to_text())
         with pool.engine.transaction:
+            present = self._present(entry)
+            state = ReceivingState.from_text(present.receiving or "")
+            moved = replace(present, receiving=replace(state, position_bytes=position_bytes).to_text())
             pool.engine.commit_if_dirty()
             pool.catalog.apply([Put(moved)])
         return moved
@@ -218,8 +219,9 @@ class Transfers:
     def finish(self, entry: CatalogEntry) -> DeviceInfo:
         """Give the whole device its name, in one step; what it replaces goes in the same one. Raises as `begin`."""
         pool = self._pool
-        state = ReceivingState.from_text(entry.receiving or "")
         with pool.engine.transaction:
+            entry = self._present(entry)
+            state = ReceivingState.from_text(entry.receiving or "")
             replaced = pool.catalog.by_name(state.target)
             if replaced is not None:
                 pool._require_idle(replaced)
@@ -240,6 +242,11 @@ class Transfers:
             pool.engine.forget(entry.device_id)
             pool.engine.reclaim()
             return pool.info(state.target)
+
+    def _present(self, entry: CatalogEntry) -> CatalogEntry:
+        """The row as it is now: while a stream comes in, its base may be renamed or deleted."""
+        present = self._pool.catalog.by_id(entry.device_id)
+        return entry if present is None else present
 
     def _whole(
         self, entry: CatalogEntry, state: ReceivingState, replaced: CatalogEntry | None

@@ -29,9 +29,9 @@ class Ledger:
         if self._runs_path.exists():
             self.runs = [json.loads(line) for line in self._runs_path.read_text().splitlines()]
 
-    def next_seed(self, *, threads: bool) -> int:
+    def next_seed(self, kind: str) -> int:
         """The first seed that no run of this kind has tried."""
-        return max((run["seeds"][1] + 1 for run in self.runs if run["threads"] == threads), default=0)
+        return max((run["seeds"][1] + 1 for run in self.runs if run["kind"] == kind), default=0)
 
     def digests(self) -> Digests:
         """Of all states ever checked, ascending."""
@@ -59,10 +59,8 @@ class Ledger:
         rows.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
         sums = [0] * 5
         keys = ("scenarios", "states", "recoveries", "thin_checks", "violations")
-        for threads, name in ((False, "one after the other"), (True, "several at work")):
-            runs = [run for run in self.runs if run["threads"] == threads]
-            if not runs:
-                continue
+        for name in dict.fromkeys(run["kind"] for run in self.runs):
+            runs = [run for run in self.runs if run["kind"] == name]
             counts = [sum(run[key] for run in runs) for key in keys]
             sums = [one + other for one, other in zip(sums, counts, strict=True)]
             first, last = min(run["seeds"][0] for run in runs), max(run["seeds"][1] for run in runs)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from crash_ledger import Ledger
 
-from tests.fakes.crash_search import Budget, Found, Search, shrink
+from tests.fakes.crash_search import Budget, Found, ScenarioKind, Search, shrink
 from tests.fakes.mutants import MUTANTS, detect
 
 
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(Ledger(options.ledger).summary())
         return 0
     if options.seed is None:
-        options.seed = Ledger(options.ledger).next_seed(threads=options.threads) if options.ledger else 0
+        options.seed = Ledger(options.ledger).next_seed(kind_of(options).name) if options.ledger else 0
     with mutation(options.mutant):
         if options.replay is not None:
             return replay(options)
@@ -74,6 +74,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=24, help="images tried per cut (default: 24)")
     parser.add_argument(
         "--threads", action="store_true", help="several clients at once, interleaved by the seed"
+    )
+    parser.add_argument(
+        "--transfers", action="store_true", help="snapshots arrive, by streams and from an object store"
     )
     parser.add_argument("--replay", type=int, metavar="SEED", help="run one seed and print what it does")
     parser.add_argument(
@@ -106,6 +109,11 @@ def mutation(name: str | None) -> Iterator[None]:
         yield
 
 
+def kind_of(options: argparse.Namespace) -> ScenarioKind:
+    """Which scenarios the options ask for."""
+    return ScenarioKind(threads=options.threads, transfers=options.transfers)
+
+
 def budget_of(options: argparse.Namespace) -> Budget:
     """The budget that the options ask for; part of what makes a run the same again."""
     return Budget(images_per_cut=options.images, thin_check_every=4000)
@@ -114,7 +122,7 @@ def budget_of(options: argparse.Namespace) -> Budget:
 def replay(options: argparse.Namespace) -> int:
     """Run one seed, printing its steps where it fails."""
     try:
-        Search(budget_of(options)).seed(options.replay, steps=options.steps, threads=options.threads)
+        Search(budget_of(options)).seed(options.replay, steps=options.steps, kind=kind_of(options))
     except Found as found:
         print(*(f"{number:4}  {text}" for number, text in enumerate(found.text, 1)), sep="\n")
         print(f"\ncut after event {found.cut}: {found.what}")
@@ -151,9 +159,9 @@ def worker(options: argparse.Namespace, seeds: Synchronized[int], results: Queue
             seed = seeds.value
             seeds.value += 1
         try:
-            searching.seed(seed, steps=options.steps, threads=options.threads)
+            searching.seed(seed, steps=options.steps, kind=kind_of(options))
         except Found as problem:
-            found = shrink(problem, budget, threads=options.threads)
+            found = shrink(problem, budget)
     tally = searching.tally
     digests = np.fromiter(tally.digests, np.uint64, len(tally.digests))
     mutant = f" --mutant {options.mutant}" if options.mutant else ""
@@ -198,7 +206,7 @@ def report(options: argparse.Namespace, total: Total, seconds: float) -> int:
     if options.ledger:
         figures = {
             "seeds": [options.seed, total.next_seed - 1],
-            "threads": options.threads,
+            "kind": kind_of(options).name,
             "scenarios": total.scenarios,
             "states": total.images,
             "distinct": distinct,

@@ -23,6 +23,7 @@ from random import Random
 import numpy as np
 
 from metadata import MetadataError, PoolMetadata, ShortRead, recount
+from tests.fakes.crash_arrivals import Arrivals, as_read, half_problem, read_whole, unread
 from tests.fakes.crash_oracle import DeviceModel, Violation, World
 from tests.fakes.crash_scenario import Scenario
 from tests.fakes.disk_history import Contents, Image, Kind
@@ -31,6 +32,8 @@ from thinpool.catalog import CatalogEntry
 from thinpool.errors import ThinPoolError
 
 DATA_BLOCK_SECTORS = 128
+# Names that were staged, entries of the journal, lists of blocks that no device has.
+WRITTEN_BY_OPENING = (Kind.CATALOG, Kind.JOURNAL, Kind.FILES)
 THIN_CHECK = shutil.which("thin_check", path="/usr/sbin:/usr/bin:/sbin:/bin")
 
 
@@ -89,9 +92,15 @@ class Checker:
         catalogs: type[SimulatedCatalog] = SimulatedCatalog,
         *,
         after_faults: bool = False,
+        run: Scenario | None = None,
     ) -> None:
-        """`after_faults`: the pool may be marked as needing a check, and opens read-only then."""
+        """`after_faults`: the pool may be marked as needing a check, and opens read-only then.
+
+        `run`: what made the images, and what may go on with them.
+        """
         self._after_faults = after_faults
+        self._run = run
+        self._arrivals = Arrivals(None if run is None else run.travelling)
         self._contents = contents
         self._catalogs = catalogs
         self._remembered: list[_Remembered] = []
@@ -159,10 +168,11 @@ class Checker:
             if len(keys) and keys[-1] >= length:
                 return f"{entry.name} has a mapping past its end"
             actual = np.zeros((length, DATA_BLOCK_SECTORS), np.int32)
+            problem = self._arrivals.lay_remote(entry, image, actual) if model.remote else None
             actual[keys] = blocks[mapped]
-            problem = describe_strangers(
-                entry.name, model, actual.reshape(-1)[: model.sectors], self._contents
-            )
+            shown = actual.reshape(-1)[: model.sectors]
+            problem = problem or describe_strangers(entry.name, model, shown, self._contents)
+            problem = problem or self._arrivals.identity_problem(entry, shown)
             if problem is not None:
                 return problem
         return None
@@ -207,30 +217,35 @@ class Checker:
         try:
             if not pool.writable and not (self._after_faults and pool.engine.metadata.needs_check):
                 raise Violation("the pool opens read-only")
-            changed = [event for event in disk.events if event.kind not in (Kind.CATALOG, Kind.JOURNAL)]
+            changed = [event for event in disk.events if event.kind not in WRITTEN_BY_OPENING]
             if changed:
                 raise Violation(f"opening wrote {len(changed)} times outside the catalogue and the journal")
             entries = pool.catalog.entries()
-            problem = compare_names(world, entries)
+            problem = compare_names(world, entries) or self._arrivals.files_problem(entries, disk)
             if problem is not None:
                 return problem
             seen: World = {}
             for entry in entries:
                 model = world[entry.name]
-                session = pool.open_session(entry)
-                actual = self._contents.intern(bytes(session.read_bytes(0, entry.size_bytes)))
-                session.close()
+                actual = read_whole(pool, entry, self._contents)
+                if actual is None:
+                    seen[entry.name] = unread(model)
+                    continue
                 problem = describe_strangers(entry.name, model, actual, self._contents)
                 if problem is not None:
                     return problem
-                seen[entry.name] = DeviceModel(model.number, actual, model.read_only, model.origin)
+                seen[entry.name] = as_read(model, actual)
             return seen
         finally:
             pool.engine.data.close()
 
     def _work_on(self, image: Image, world: World, random: Random, steps: int) -> Scenario:
         disk = SimulatedDisk(self._contents, image, catalogs=self._catalogs)
-        run = Scenario(disk, random, nbd=False, world=world, first_number=random.randrange(1 << 40, 1 << 50))
+        first_number = random.randrange(1 << 40, 1 << 50)
+        if self._run is None:
+            run = Scenario(disk, random, nbd=False, world=world, first_number=first_number)
+        else:
+            run = self._run.successor(self._run, disk, random, world, first_number)
         run.run(steps)
         run.text.append("reopen at the end")
         run._reopen()
@@ -284,6 +299,9 @@ def compare_names(world: World, entries: list[CatalogEntry]) -> str | None:
         promised = model.sectors * SECTOR_BYTES, model.read_only, model.origin
         if found != promised:
             return f"{entry.name} is {found}, promised {promised}"
+        problem = half_problem(entry, model)
+        if problem is not None:
+            return problem
     return None
 
 

@@ -62,15 +62,37 @@ class Layer:
             self.mask[low:high] = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Half:
+    """A device that is not whole: what it is to hold, and up to where that was promised to be there.
+
+    `streamed`: by a stream, into a device of another name; otherwise it is pulled.
+    """
+
+    target: str
+    content_id: str
+    contents: np.ndarray
+    streamed: bool
+    base_content_id: str | None = None
+    resumable: bool = False
+    read_only: bool = False
+    position_bytes: int = 0
+
+
 @dataclass(slots=True)
 class DeviceModel:
-    """One device. `number` stays the same through renames and is never used twice."""
+    """One device. `number` stays the same through renames and is never used twice.
+
+    `remote`: part of its content may still be in an object store. `half`: nobody may use it yet.
+    """
 
     number: int
     base: np.ndarray
     read_only: bool = False
     origin: str | None = None
     layers: list[Layer] = field(default_factory=list)
+    remote: bool = False
+    half: Half | None = None
 
     @property
     def sectors(self) -> int:
@@ -130,7 +152,7 @@ class DeviceModel:
             for layer in self.layers[self._position(older) + 1 :]:
                 if layer.stage is Stage.ACKNOWLEDGED:
                     older.hide(layer.first, layer.first + len(layer.contents))
-        return DeviceModel(number, self.current(), read_only, origin, layers)
+        return DeviceModel(number, self.current(), read_only, origin, layers, self.remote)
 
     def _position(self, copied: Layer) -> int:
         return next(i for i, layer in enumerate(self.layers) if layer.change is copied.change)

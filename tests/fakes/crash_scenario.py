@@ -11,11 +11,11 @@ pool refuses for lack of space is a legal step; it must leave no trace.
 from __future__ import annotations
 
 import errno
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
@@ -39,11 +39,15 @@ from tests.fakes.crash_oracle import (
     World,
 )
 from tests.fakes.disk_history import Contents
+from tests.fakes.reproducible import Identities, Ticking, stamp
 from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedDisk
 from thinpool import content_identity
 from thinpool import device as device_module
 from thinpool import pool as pool_module
 from thinpool.session import Session
+
+if TYPE_CHECKING:
+    from tests.fakes.travelling_snapshots import TravellingSnapshots
 
 SECTOR_BYTES = 512
 BLOCK_SECTORS = 128
@@ -51,40 +55,6 @@ BLOCK_BYTES = BLOCK_SECTORS * SECTOR_BYTES
 DEVICES_MAX = 7
 DEVICE_BLOCKS_MAX = 6
 WINDOW_SECTORS = 32 * BLOCK_SECTORS
-STAMP = 0x7468696E706F6F6C  # "thinpool"
-
-
-def stamp(device: int, number: int, first: int, count: int) -> bytes:
-    """Sectors that say whose they are, which change wrote them, and where."""
-    words = np.empty((count, 64), "<u8")
-    words[:, 0::4] = STAMP
-    words[:, 1::4] = device
-    words[:, 2::4] = number
-    words[:, 3::4] = np.arange(first, first + count, dtype=np.uint64)[:, None]
-    return words.tobytes()
-
-
-class Ticking:
-    """`time` for the pool: later with every look, the same in every run."""
-
-    def __init__(self) -> None:
-        self._now = 1_000_000_000.0
-
-    def time(self) -> float:
-        self._now += 1.0
-        return self._now
-
-
-class Identities:
-    """`uuid` for the pool: random to look at, the same in every run."""
-
-    UUID, uuid5 = uuid.UUID, staticmethod(uuid.uuid5)
-
-    def __init__(self, seed: int) -> None:
-        self._random = Random(seed)
-
-    def uuid4(self) -> uuid.UUID:
-        return uuid.UUID(int=self._random.getrandbits(128), version=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +80,7 @@ class Scenario:
     """One run on one disk. `world` is what the disk holds at its start."""
 
     kill_share = 0.04
+    travelling: TravellingSnapshots | None = None
 
     def __init__(
         self,
@@ -150,12 +121,15 @@ class Scenario:
         """One step, chosen at random among those possible."""
         if self._kills.random() < self.kill_share:
             self.kill()
-        names = list(CHOICES)
-        choice = self.random.choices(names, [weight for weight, _ in CHOICES.values()])[0]
+        choice = self.choose()
         self.text.append(choice)
         self.prefer_low_blocks()
         with self.timed():
             self.take(choice)
+
+    def choose(self) -> str:
+        """One of `CHOICES`, by its weight."""
+        return self.random.choices(list(CHOICES), [weight for weight, _ in CHOICES.values()])[0]
 
     def kill(self) -> None:
         """The server is killed between two requests and started again: all that was answered is there."""
@@ -215,17 +189,37 @@ class Scenario:
     def _structural(self, step: Step) -> Iterator[None]:
         """Marks around a change of names and sizes; refusals for lack of space are fine."""
         self.text[-1] += f" {_describe(step)}"
-        self.mark(StepBegin(step))
         try:
-            yield
+            with self.marked(step):
+                yield
         except MetadataFull:
-            self.mark(StepEnd(step, done=False))
+            pass
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            self.mark(StepEnd(step, done=False))
+
+    @contextmanager
+    def marked(self, step: Step) -> Iterator[None]:
+        """Marks around a change of names and sizes, and no more."""
+        self.mark(StepBegin(step))
+        try:
+            yield
+        except BaseException as error:
+            self.mark(StepEnd(step, done=self.outcome(error)))
+            raise
         else:
             self.mark(StepEnd(step))
+
+    def outcome(self, error: BaseException) -> bool | None:
+        """Whether a change that ended with an error was done all the same; None where that is not known."""
+        return False
+
+    @classmethod
+    def successor(
+        cls, run: Scenario, disk: SimulatedDisk, random: Random, world: World, first_number: int
+    ) -> Scenario:
+        """A scenario that goes on with what a cut of `run` left."""
+        return Scenario(disk, random, nbd=False, world=world, first_number=first_number)
 
     @contextmanager
     def changing(self, change: Change, *, durable: bool = False) -> Iterator[None]:
@@ -487,7 +481,7 @@ class Scenario:
 
 
 def _describe(step: Step) -> str:
-    if isinstance(step, steps.PoolOnly):
+    if hasattr(step, "text"):
         return step.text
     return " ".join(str(getattr(step, name)) for name in step.__slots__)
 

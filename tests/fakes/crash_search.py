@@ -12,6 +12,7 @@ with the real engine, which works on, and what it writes while doing so is cut a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from random import Random
 
@@ -21,6 +22,8 @@ from tests.fakes.crash_check import Checker
 from tests.fakes.crash_oracle import Oracle, Violation, World
 from tests.fakes.crash_scenario import Scenario, scenario_of
 from tests.fakes.crash_threads import threaded_scenario_of
+from tests.fakes.crash_transfers import transfer_scenario_of, transfers_simulated
+from tests.fakes.crash_transfers_at_once import threaded_transfers_of
 from tests.fakes.disk_history import Contents, Digests, Event, Image, Kind, Replay
 from tests.fakes.turns import Turns
 
@@ -51,6 +54,43 @@ class Tally:
     digests: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class ScenarioKind:
+    """`threads`: several clients at once. `transfers`: snapshots arrive, by streams and from an object store."""
+
+    threads: bool = False
+    transfers: bool = False
+
+    @property
+    def name(self) -> str:
+        """The kind in words."""
+        work = "several at work" if self.threads else "one after the other"
+        return f"{work}, with transfers" if self.transfers else work
+
+    @property
+    def options(self) -> str:
+        """How the tool is told."""
+        return f"{' --threads' if self.threads else ''}{' --transfers' if self.transfers else ''}"
+
+    @contextmanager
+    def scenarios(self, seed: int, steps: int, contents: Contents) -> Iterator[Callable[[], Scenario]]:
+        """What makes the scenario of a seed, and what must hold around all that is done with it."""
+        with ExitStack() as around:
+            if self.transfers:
+                around.enter_context(transfers_simulated())
+            if not self.threads:
+                make = transfer_scenario_of if self.transfers else scenario_of
+                yield lambda: make(seed, steps_max=steps, contents=contents)
+                return
+            turns = Turns(Random(seed))
+            around.enter_context(turns.installed())
+            many = threaded_transfers_of if self.transfers else threaded_scenario_of
+            yield lambda: many(turns, steps, contents)
+
+
+ONE_BY_ONE = ScenarioKind()
+
+
 @dataclass(slots=True)
 class Found(Exception):
     """A violation, with what replays it."""
@@ -61,13 +101,12 @@ class Found(Exception):
     what: str
     text: list[str]
     images: int = 24
-    threads: bool = False
+    kind: ScenarioKind = ScenarioKind()
 
     @property
     def command(self) -> str:
         """What shows the violation again."""
-        threads = " --threads" if self.threads else ""
-        return f"tools/crash-search --replay {self.seed} --steps {self.steps} --images {self.images}{threads}"
+        return f"tools/crash-search --replay {self.seed} --steps {self.steps} --images {self.images}{self.kind.options}"
 
     def __str__(self) -> str:
         last = "; ".join(self.text[-4:])
@@ -82,30 +121,25 @@ class Search:
         self.budget = budget or Budget()
         self.tally = Tally()
 
-    def seed(self, seed: int, *, steps: int = 60, threads: bool = False) -> None:
-        """Run and cut the scenario of one seed, with several clients at once if `threads`. Raises Found."""
+    def seed(self, seed: int, *, steps: int = 60, kind: ScenarioKind = ONE_BY_ONE) -> None:
+        """Run and cut the scenario of one seed. Raises Found."""
         contents = Contents()
-        if threads:
-            turns = Turns(Random(seed))
-            with turns.installed():
-                scenario = self._run(
-                    seed, steps, lambda: threaded_scenario_of(turns, steps, contents), threads=True
-                )
-        else:
-            scenario = self._run(seed, steps, lambda: scenario_of(seed, steps_max=steps, contents=contents))
-        try:
-            self.explore(scenario, np.random.Generator(np.random.PCG64(seed)))
-        except _Wrong as wrong:
-            images = self.budget.images_per_cut
-            raise Found(seed, steps, wrong.cut, wrong.what, scenario.text, images, threads) from wrong
+        with kind.scenarios(seed, steps, contents) as make:
+            scenario = self._run(seed, steps, make, kind)
+        # Without turns: what is recovered is one thread's.
+        with transfers_simulated() if kind.transfers else nullcontext():
+            try:
+                self.explore(scenario, np.random.Generator(np.random.PCG64(seed)))
+            except _Wrong as wrong:
+                images = self.budget.images_per_cut
+                raise Found(seed, steps, wrong.cut, wrong.what, scenario.text, images, kind) from wrong
 
-    def uncut(self, seed: int, *, steps: int = 60) -> None:
+    def uncut(self, seed: int, *, steps: int = 60, kind: ScenarioKind = ScenarioKind(threads=True)) -> None:
         """Run the scenario of one seed with several clients at once, and do not cut it. Raises Found."""
-        turns = Turns(Random(seed))
-        with turns.installed():
-            self._run(seed, steps, lambda: threaded_scenario_of(turns, steps, Contents()), threads=True)
+        with kind.scenarios(seed, steps, Contents()) as make:
+            self._run(seed, steps, make, kind)
 
-    def _run(self, seed: int, steps: int, make: Callable[[], Scenario], *, threads: bool = False) -> Scenario:
+    def _run(self, seed: int, steps: int, make: Callable[[], Scenario], kind: ScenarioKind) -> Scenario:
         """The scenario after its last step. Raises Found where it fails without any cut."""
         scenario = None
         try:
@@ -116,7 +150,7 @@ class Search:
             events = 0 if scenario is None else len(scenario.disk.events)
             what = f"{type(error).__name__}: {error}"
             images = self.budget.images_per_cut
-            raise Found(seed, len(text), events, what, text, images, threads) from error
+            raise Found(seed, len(text), events, what, text, images, kind) from error
         finally:
             if scenario is not None:
                 scenario.close()
@@ -127,7 +161,7 @@ class Search:
     def explore(self, run: Scenario, random: np.random.Generator) -> None:
         """Cut a finished run everywhere. Raises _Wrong."""
         budget, tally = self.budget, self.tally
-        checker = Checker(run.disk.contents, run.disk.catalogs)
+        checker = Checker(run.disk.contents, run.disk.catalogs, run=run)
         picker = Random(int(random.integers(1 << 62)))
         # Counted from the seed alone: what is recovered is the same whatever was searched before it.
         tried, checked = picker.randrange(1 << 16), set[int]()
@@ -182,6 +216,8 @@ class Search:
             if event.kind is Kind.MARK:
                 worth_it = oracle.hear(event.payload)
                 promised = promised or worth_it
+            # What the store lost may be missing from the same image.
+            promised = promised or event.kind is Kind.STORE
             # Making a pool is atomic by other means: it is built aside and renamed.
             opened = opened or event.kind is Kind.CATALOG
             if not opened or not worth_it or event.kind is Kind.JOURNAL:
@@ -233,14 +269,14 @@ def subsets(replay: Replay, random: np.random.Generator, count: int) -> Iterator
             yield replay.cut(random, share, torn=kind != 2)
 
 
-def shrink(found: Found, budget: Budget, *, threads: bool = False, attempts: int = 12) -> Found:
+def shrink(found: Found, budget: Budget, *, attempts: int = 12) -> Found:
     """A shorter prefix of the scenario that still fails, by halving and then step by step."""
     low, best = 1, found
     while low < best.steps and attempts:
         attempts -= 1
         middle = (low + best.steps) // 2
         try:
-            Search(budget).seed(best.seed, steps=middle, threads=threads)
+            Search(budget).seed(best.seed, steps=middle, kind=found.kind)
         except Found as shorter:
             best = shorter
             best.steps = min(best.steps, middle)

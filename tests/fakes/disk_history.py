@@ -21,6 +21,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from tests.fakes.file_history import Call, FileHistory
+from tests.fakes.file_history import Image as SmallFiles
+
 SECTOR_BYTES = 512
 ZERO_SECTOR = bytes(SECTOR_BYTES)
 _ZEROS = bytes(8192)
@@ -46,6 +49,8 @@ class Kind(IntEnum):
     JOURNAL = (
         auto()
     )  # the journal's bytes from here on; a power cut leaves them or not, and they must not matter
+    FILES = auto()  # a call about a small file of the pool directory (`file_history.Call`)
+    STORE = auto()  # the objects of the store from here on; no cut is about them
 
 
 class File(IntEnum):
@@ -128,11 +133,13 @@ class FileImage:
 
 @dataclass(slots=True)
 class Image:
-    """What is on the disk: both files and the catalogue."""
+    """What is on the disk: both files, the catalogue, small files; and what the object store holds at that time."""
 
     files: tuple[FileImage, FileImage]
     catalog: object
     journal: bytes = b""
+    small: SmallFiles = field(default_factory=dict)
+    store: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def metadata(self) -> FileImage:
@@ -143,7 +150,8 @@ class Image:
         return self.files[File.DATA]
 
     def copy(self) -> Image:
-        return Image((self.files[0].copy(), self.files[1].copy()), self.catalog, self.journal)
+        files = self.files[0].copy(), self.files[1].copy()
+        return Image(files, self.catalog, self.journal, self.small, self.store)
 
 
 class Digests:
@@ -166,6 +174,8 @@ class Digests:
     def of(self, image: Image) -> int:
         """The digest of an image."""
         total = digest_of(repr(image.catalog).encode())
+        if image.small:
+            total += digest_of(repr(sorted(image.small.items(), key=str)).encode())
         for number, file in enumerate(image.files):
             total = (total * 3 + self._sum(number, file) + file.sectors) % (1 << 64)
         return total
@@ -204,6 +214,10 @@ class Replay:
 
     durable: Image
     pending: tuple[list[Pending], list[Pending]] = field(default_factory=lambda: ([], []))
+    small: FileHistory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.small = FileHistory.of(self.durable.small)
 
     def apply(self, event: Event) -> None:
         """Go on by one event."""
@@ -219,6 +233,13 @@ class Replay:
         elif event.kind is Kind.JOURNAL:
             assert isinstance(event.payload, bytes)
             self.durable.journal = event.payload
+        elif event.kind is Kind.FILES:
+            assert isinstance(event.payload, Call)
+            self.small.apply(event.payload)
+            self.durable.small = self.small.durable()
+        elif event.kind is Kind.STORE:
+            assert isinstance(event.payload, dict)
+            self.durable.store = event.payload
 
     def _flush(self, file: File) -> None:
         image, kept = self.durable.files[file], []
@@ -238,13 +259,15 @@ class Replay:
 
     @property
     def waiting_sectors(self) -> int:
-        return sum(1 if p.event.contents is None else len(p.event.contents) for p in self.waiting())
+        sectors = sum(1 if p.event.contents is None else len(p.event.contents) for p in self.waiting())
+        return sectors + self.small.waiting
 
     def latest(self) -> Image:
         """Everything written arrived: what a kill of the process alone leaves."""
         image = self.durable.copy()
         for pending in self.waiting():
             _lay(image.files[pending.event.file], pending.event, pending.mask)
+        image.small = self.small.latest()
         return image
 
     def cut(self, random: np.random.Generator, share: float, *, torn: bool) -> Image:
@@ -260,16 +283,22 @@ class Replay:
             if pending.mask is not None:
                 arrived &= pending.mask
             file.put(event.first, event.contents, arrived)
+        if self.small.waiting:
+            image.small = self.small.cut(random, int(random.integers(8)), share)
         return image
 
     def cut_one(self, random: np.random.Generator, *, only: bool) -> Image:
         """A power cut with one write singled out: it alone arrived (`only`), or all others did."""
         waiting = list(self.waiting())
+        if not waiting:
+            return self.latest() if only else self.durable.copy()
         chosen = waiting[int(random.integers(len(waiting)))]
         image = self.durable.copy()
         for pending in waiting:
             if (pending is chosen) == only:
                 _lay(image.files[pending.event.file], pending.event, pending.mask)
+        if not only:
+            image.small = self.small.latest()
         return image
 
 

@@ -1,4 +1,4 @@
-"""Deliberate mistakes in the engine, to show that the crash search finds mistakes.
+"""Deliberate mistakes, to show that the crash search finds mistakes.
 
 Each mutant is a context manager that replaces functions of the real packages for its duration, in tests only. Some
 are mistakes that the search did find once. What a mutant breaks is said in `MUTANTS`, with the number of crash
@@ -7,471 +7,78 @@ states within which it must be found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from unittest import mock
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
-import numpy as np
-
-from metadata import pool_metadata
-from metadata.pool_metadata import PoolMetadata
-from metadata.transaction import Transaction
-from nbd.constants import CommandFlag
-from nbd.execution import Executor
-from tests.fakes.crash_search import Budget, Found, Search
+from tests.fakes.commit_mutants import (
+    data_flushed_before_the_lists_are_taken,
+    data_length_not_durable,
+    data_not_flushed,
+    flush_joins_the_running_commit,
+    free_blocks_not_scrubbed,
+    freed_blocks_not_punched,
+    freed_data_reused_at_once,
+    freed_metadata_reused_at_once,
+    metadata_changed_in_place,
+    metadata_length_not_durable,
+    one_metadata_flush,
+    overwrites_not_flushed,
+    punched_before_commit,
+    readers_not_waited_for,
+    superblock_first,
+    superblock_not_flushed,
+    write_under_way_not_waited_for,
+)
+from tests.fakes.crash_search import ONE_BY_ONE, Budget, Found, ScenarioKind, Search
+from tests.fakes.device_mutants import (
+    flush_acknowledged_early,
+    flush_of_one_device_only,
+    flush_skips_unmappings,
+    fua_ignored,
+    half_of_the_shared_block_copied,
+    mapped_before_filled,
+    origin_writes_into_its_snapshot,
+    shared_block_not_copied,
+    sharing_judged_in_transaction,
+    snapshot_misses_new_mappings,
+    snapshot_waits_for_nobody,
+)
 from tests.fakes.journal_mutants import journal_believed_after_a_reboot, replay_commits_unflushed_data
-from tests.fakes.simulated_disk import SimulatedCatalog, SimulatedData, SimulatedDisk
-from thinpool.block_map import MAPPED
-from thinpool.catalog import Catalog, Put
-from thinpool.committer import Committer
-from thinpool.device import ThinDevice
-from thinpool.engine import Engine
-from thinpool.free_map import FreeMap
-from thinpool.pool import Pool
-from thinpool.reclaim import Reclaimer
-from thinpool.session import Session
-
-
-def _instead(owner: object, name: str, function: object) -> AbstractContextManager[object]:
-    return mock.patch.object(owner, name, function)
-
-
-def data_not_flushed() -> AbstractContextManager[object]:
-    return _instead(SimulatedData, "flush", lambda self: None)
-
-
-def superblock_first() -> AbstractContextManager[object]:
-    def write(store, prepared) -> None:  # noqa: ANN001
-        if prepared.superblock is not None:
-            store.write(0, prepared.superblock.pack())
-            for first, data in prepared.runs:
-                store.write(first, data)
-            store.flush()
-
-    return _instead(pool_metadata, "write_prepared", write)
-
-
-def one_metadata_flush() -> AbstractContextManager[object]:
-    def write(store, prepared) -> None:  # noqa: ANN001
-        if prepared.superblock is not None:
-            for first, data in prepared.runs:
-                store.write(first, data)
-            store.write(0, prepared.superblock.pack())
-            store.flush()
-
-    return _instead(pool_metadata, "write_prepared", write)
-
-
-def superblock_not_flushed() -> AbstractContextManager[object]:
-    def write(store, prepared) -> None:  # noqa: ANN001
-        if prepared.superblock is not None:
-            for first, data in prepared.runs:
-                store.write(first, data)
-            store.flush()
-            store.write(0, prepared.superblock.pack())
-
-    return _instead(pool_metadata, "write_prepared", write)
-
-
-@contextmanager
-def _early_frees(use: Callable[[Engine, np.ndarray], None], *, reused: bool) -> Iterator[None]:
-    """Data blocks that an unmapping frees are used by `use` at once, not after the commit."""
-    early: set[int] = set()
-    original_remove, original_add = ThinDevice._remove, Reclaimer.add
-
-    def remove(self, begin: int, end: int) -> int:  # noqa: ANN001
-        metadata = self.engine.metadata
-        before = metadata.data_counts(0, metadata.data_blocks)
-        removed = original_remove(self, begin, end)
-        after = metadata.data_counts(0, metadata.data_blocks)
-        freed = np.flatnonzero((before > 0) & (after == 0)).astype(np.uint64)
-        if reused:
-            early.update(freed.tolist())
-        use(self.engine, freed)
-        return removed
-
-    def add(self, blocks: np.ndarray) -> None:  # noqa: ANN001
-        known = np.array([block in early for block in blocks.tolist()], np.bool_)
-        early.difference_update(blocks.tolist())
-        original_add(self, blocks[~known])
-
-    with _instead(ThinDevice, "_remove", remove), _instead(Reclaimer, "add", add):
-        yield
-
-
-def _punch(engine: Engine, blocks: np.ndarray) -> None:
-    for block in blocks.tolist():
-        engine.data.punch(block * engine.block_bytes, engine.block_bytes)
-
-
-def _release(engine: Engine, blocks: np.ndarray) -> None:
-    # Not punched: that would be another mistake. Their first user clears them.
-    engine.free.release(blocks)
-    engine.free._scrubbed[: len(engine.free._scrubbed)] = 0
-
-
-def freed_data_reused_at_once() -> AbstractContextManager[object]:
-    return _early_frees(_release, reused=True)
-
-
-def punched_before_commit() -> AbstractContextManager[object]:
-    return _early_frees(_punch, reused=False)
-
-
-@contextmanager
-def names_promoted_early() -> Iterator[None]:
-    original = Catalog.stage
-
-    def stage(self, transaction_id: int, changes) -> None:  # noqa: ANN001
-        original(self, transaction_id, changes)
-        self.promote(transaction_id)
-
-    with _instead(Catalog, "stage", stage):
-        yield
-
-
-@contextmanager
-def names_staged_in_memory_only() -> Iterator[None]:
-    waiting: list = []
-
-    def stage(self, transaction_id: int, changes) -> None:  # noqa: ANN001
-        waiting[:] = changes
-
-    with (
-        _instead(Catalog, "stage", stage),
-        _instead(Catalog, "promote", lambda self, transaction_id: self.apply(list(waiting))),
-    ):
-        yield
-
-
-def staged_names_forgotten_on_open() -> AbstractContextManager[object]:
-    return _instead(Catalog, "recover", lambda self, transaction_id: self.discard_staged())
-
-
-@contextmanager
-def staged_names_always_promoted_on_open() -> Iterator[None]:
-    def recover(self, transaction_id: int) -> None:  # noqa: ANN001
-        found = self._connection.execute("SELECT transaction_id FROM staged").fetchone()
-        if found is not None:
-            self.promote(int(found[0]))
-
-    with _instead(Catalog, "recover", recover):
-        yield
-
-
-def transaction_id_not_moved() -> AbstractContextManager[object]:
-    return _instead(PoolMetadata, "set_transaction_id", lambda self, value: None)
-
-
-def flush_acknowledged_early() -> AbstractContextManager[object]:
-    return _instead(Session, "flush", lambda self: None)
-
-
-@contextmanager
-def fua_ignored() -> Iterator[None]:
-    original = Executor._modify
-
-    def modify(self, request, payload) -> None:  # noqa: ANN001
-        original(self, request._replace(flags=request.flags & ~CommandFlag.FUA), payload)
-
-    with _instead(Executor, "_modify", modify):
-        yield
-
-
-def flush_skips_unmappings() -> AbstractContextManager[object]:
-    def commit(self) -> None:  # noqa: ANN001
-        with self.transaction:
-            if any(device.pending for device in self.devices.values()):
-                self.commit()
-            else:
-                self.data.flush()
-
-    return _instead(Engine, "commit_if_dirty", commit)
-
-
-def free_blocks_not_scrubbed() -> AbstractContextManager[object]:
-    def scrub(self, region: int) -> None:  # noqa: ANN001
-        self._scrubbed[region] = 1
-
-    return _instead(FreeMap, "_scrub_region", scrub)
-
-
-def freed_blocks_not_punched() -> AbstractContextManager[object]:
-    def give_back(self, blocks: np.ndarray) -> int:  # noqa: ANN001
-        self._free.release(blocks)
-        return len(blocks)
-
-    return _instead(Reclaimer, "_return", give_back)
-
-
-def freed_metadata_reused_at_once() -> AbstractContextManager[object]:
-    def list_free(self, chunk: int) -> list[int]:  # noqa: ANN001
-        free = np.flatnonzero(self.counts.chunk(chunk) == 0)
-        inside = free[free < self.counts.blocks]
-        return inside[::-1].tolist()
-
-    return _instead(Transaction, "_list_free", list_free)
-
-
-@contextmanager
-def metadata_changed_in_place() -> Iterator[None]:
-    original = Transaction.replace
-
-    def change(self, location: int) -> tuple[int, bool]:  # noqa: ANN001
-        if not self.is_shared(location):
-            self._fresh.add(location)
-        return original(self, location)
-
-    with _instead(Transaction, "replace", change):
-        yield
-
-
-@contextmanager
-def snapshot_misses_new_mappings() -> Iterator[None]:
-    def take(self, device_id: int, then=None, *, replacing: bool = False) -> None:  # noqa: ANN001
-        engine = self.engine
-        with self.quiet():
-            with engine.changing_tree():
-                engine.metadata.create_snapshot(device_id, self.device_id, replacing=replacing)
-                engine.time = engine.metadata.time
-                self.shared_before = engine.metadata.device(self.device_id).snapshotted_time
-            self._judged.setall(0)
-            if then is not None:
-                then()
-
-    # Admission looks at the space there is, which brings mappings into the tree as well.
-    admit = _instead(Pool, "_admit", lambda self, *_, **__: None)
-    with admit, _instead(ThinDevice, "take_point_in_time", take):
-        yield
-
-
-@contextmanager
-def origin_writes_into_its_snapshot() -> Iterator[None]:
-    original = ThinDevice.take_point_in_time
-
-    def take(self, device_id: int, *arguments, **named) -> None:  # noqa: ANN001, ANN002, ANN003
-        before = self.shared_before
-        original(self, device_id, *arguments, **named)
-        self.shared_before = before
-
-    with _instead(ThinDevice, "take_point_in_time", take):
-        yield
-
-
-@contextmanager
-def shared_block_not_copied() -> Iterator[None]:
-    original = ThinDevice._fill
-
-    def fill(self, block: int, old_entry: int, inside: int, data) -> None:  # noqa: ANN001
-        original(self, block, 1, inside, data)
-
-    with _instead(ThinDevice, "_fill", fill):
-        yield
-
-
-@contextmanager
-def half_of_the_shared_block_copied() -> Iterator[None]:
-    original = ThinDevice._fill
-
-    def fill(self, block: int, old_entry: int, inside: int, data) -> None:  # noqa: ANN001
-        original(self, block, old_entry, inside, data)
-        half = self.block_bytes // 2
-        if old_entry >= MAPPED and inside + len(data) <= half:
-            self.engine.data.zero(block * self.block_bytes + half, half)
-
-    with _instead(ThinDevice, "_fill", fill):
-        yield
-
-
-@contextmanager
-def sharing_judged_in_transaction() -> Iterator[None]:
-    original = ThinDevice._judge_sharing
-
-    def judge(self, index: int) -> None:  # noqa: ANN001
-        with mock.patch.object(PoolMetadata, "dirty", new=False):
-            original(self, index)
-
-    with _instead(ThinDevice, "_judge_sharing", judge):
-        yield
-
-
-def metadata_length_not_durable() -> AbstractContextManager[object]:
-    import os
-
-    from tests.fakes.disk_history import File
-
-    def lengthen(self, length_bytes: int) -> None:  # noqa: ANN001
-        os.ftruncate(self.metadata, length_bytes)
-        self.resized(File.METADATA, length_bytes)
-
-    return _instead(SimulatedDisk, "_lengthen_metadata", lengthen)
-
-
-def data_length_not_durable() -> AbstractContextManager[object]:
-    import os
-
-    from tests.fakes.disk_history import File
-
-    def grow(self, blocks: int) -> None:  # noqa: ANN001
-        os.ftruncate(self.descriptor, blocks * self.block_bytes)
-        self._disk.resized(File.DATA, blocks * self.block_bytes)
-        self._map(blocks)
-
-    @contextmanager
-    def both() -> Iterator[None]:
-        # The data flush of the commit that tells of the new length would hide it.
-        with _instead(SimulatedData, "grow", grow), overwrites_not_flushed():
-            yield
-
-    return both()
-
-
-@contextmanager
-def overwrites_not_flushed() -> Iterator[None]:
-    original_flush, original_commit = SimulatedData.flush, Engine._commit
-
-    def commit(self, *given):  # noqa: ANN001, ANN002, ANN202
-        fresh = bool(len(self.free._fresh)) or any(device.pending for device in self.devices.values())
-        flush = original_flush if fresh else (lambda data: None)
-        with mock.patch.object(SimulatedData, "flush", flush):
-            return original_commit(self, *given)
-
-    with _instead(Engine, "_commit", commit):
-        yield
-
-
-@contextmanager
-def flush_of_one_device_only() -> Iterator[None]:
-    original_flush, original_collect = Session.flush, Engine.collect
-
-    def flush(self) -> None:  # noqa: ANN001
-        own = self.device
-        with mock.patch.object(Engine, "collect", lambda engine: own.apply_pending()):
-            original_flush(self)
-
-    with _instead(Session, "flush", flush), _instead(Engine, "collect", original_collect):
-        yield
-
-
-def rollback_in_two_steps() -> AbstractContextManager[object]:
-    original = Pool.rollback
-
-    def rollback(self, name: str, snapshot: str, *, keep=None):  # noqa: ANN001, ANN202
-        if keep is not False:
-            return original(self, name, snapshot, keep=keep)
-        read_only = self._entry(name).read_only
-        self.delete(name)
-        return self.create_snapshot(snapshot, name, read_only=read_only)
-
-    return _instead(Pool, "rollback", rollback)
-
-
-@contextmanager
-def shrink_zeroes_first() -> Iterator[None]:
-    def cut(self, entry, size_bytes: int) -> None:  # noqa: ANN001
-        end = -(-size_bytes // self.block_bytes)
-        tail = min(end * self.block_bytes, entry.size_bytes) - size_bytes
-        if tail:
-            session = self._device(entry).open()
-            session.zero(size_bytes, tail, keep_allocated=False, fast_only=False)
-            session.close()
-        with self._step([Put(replace(entry, size_bytes=size_bytes))]):
-            last = max(end, -(-entry.size_bytes // self.block_bytes))
-            self._device(entry).unmap(end, last, with_the_step=True)
-
-    with _instead(Pool, "_cut", cut):
-        yield
-
-
-def growth_shows_the_old_tail() -> AbstractContextManager[object]:
-    return _instead(Pool, "_clear_past_end", lambda self, entry: None)
-
-
-def rename_forgets_the_snapshots() -> AbstractContextManager[object]:
-    return _instead(Pool, "_reparented", lambda self, origin, new_origin: [])
-
-
-def catalogue_written_in_two_steps() -> AbstractContextManager[object]:
-    def apply(self, changes, *, forget_staged: bool) -> None:  # noqa: ANN001
-        for change in changes:
-            original(self, [change], forget_staged=False)
-        if forget_staged:
-            self.discard_staged()
-
-    original = Catalog._apply
-    return _instead(SimulatedCatalog, "_apply", apply)
-
-
-def mapped_before_filled() -> AbstractContextManager[object]:
-    def provision(self, index: int, inside: int, data) -> int:  # noqa: ANN001
-        engine = self.engine
-        # Without the lock while the block is filled, or nobody could see that it is mapped too early.
-        with self.lock:
-            entry = self._own(index)
-            if entry:
-                engine.data.write(((entry >> 24) - 1) * self.block_bytes + inside, data)
-                return entry
-            block, old = engine.take_block(self.device_id), self.block_map.entries[index]
-            entry = self._map(index, block)
-        self._fill(block, old, inside, data)
-        return entry
-
-    return _instead(ThinDevice, "provision", provision)
-
-
-@contextmanager
-def data_flushed_before_the_lists_are_taken() -> Iterator[None]:
-    original = Engine.collect
-
-    def commit(self, *given):  # noqa: ANN001, ANN002, ANN202
-        self.data.flush()
-        with mock.patch.object(SimulatedData, "flush", lambda self: None):
-            return original_commit(self, *given)
-
-    original_commit = Engine._commit
-    with _instead(Engine, "_commit", commit), _instead(Engine, "collect", original):
-        yield
-
-
-@contextmanager
-def write_under_way_not_waited_for() -> Iterator[None]:
-    original = ThinDevice.apply_pending
-
-    def apply(self) -> None:  # noqa: ANN001
-        if self.pending:
-            original(self)
-
-    with _instead(ThinDevice, "apply_pending", apply):
-        yield
-
-
-def readers_not_waited_for() -> AbstractContextManager[object]:
-    from thinpool.reclaim import UNPINNED
-
-    return _instead(Engine, "oldest_pin", lambda self: UNPINNED)
-
-
-def snapshot_waits_for_nobody() -> AbstractContextManager[object]:
-    @contextmanager
-    def quiet(self) -> Iterator[None]:  # noqa: ANN001
-        yield
-
-    return _instead(ThinDevice, "quiet", quiet)
-
-
-def flush_joins_the_running_commit() -> AbstractContextManager[object]:
-    def flush(self) -> None:  # noqa: ANN001
-        with self._turn:
-            if self._running:
-                number = self._started
-                while self._done < number:
-                    self._turn.wait()
-                return
-        original(self)
-
-    original = Committer.flush
-    return _instead(Committer, "flush", flush)
+from tests.fakes.name_mutants import (
+    catalogue_written_in_two_steps,
+    growth_shows_the_old_tail,
+    names_promoted_early,
+    names_staged_in_memory_only,
+    rename_forgets_the_snapshots,
+    rollback_in_two_steps,
+    shrink_zeroes_first,
+    staged_names_always_promoted_on_open,
+    staged_names_forgotten_on_open,
+    transaction_id_not_moved,
+)
+from tests.fakes.transfer_mutants import (
+    bits_copied_after_the_commit,
+    complete_before_durable,
+    discards_not_recorded,
+    fetched_over_newer_content,
+    fetched_said_before_durable,
+    hold_released_before_the_row_says_so,
+    last_blocks_not_fetched,
+    list_removed_before_the_row_says_so,
+    lists_not_flushed,
+    named_before_its_data_is_durable,
+    noted_with_an_old_row,
+    replaced_in_two_steps,
+    snapshot_shares_the_list,
+    token_ahead_of_the_data,
+    token_before_the_data_is_durable,
+    written_device_passes_for_a_base,
+)
+
+SEVERAL = ScenarioKind(threads=True)
+TRANSFERS = ScenarioKind(transfers=True)
+SEVERAL_TRANSFERS = ScenarioKind(threads=True, transfers=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,7 +86,7 @@ class Mutant:
     """`states`: images within which the search, from the first seed on, must have found it.
 
     `first_seed`: where the default tests begin, so that they need not go all the way every time.
-    `threads`: only several at work can show it. `uncut`: it shows without any power cut, to a rare order of events
+    `kind`: the scenarios that can show it. `uncut`: it shows without any power cut, to a rare order of events
     only; scenarios are run and not cut then, and `states` is their number.
     """
 
@@ -487,7 +94,7 @@ class Mutant:
     breaks: str
     states: int
     first_seed: int = 0
-    threads: bool = False
+    kind: ScenarioKind = ONE_BY_ONE
     uncut: bool = False
 
     @property
@@ -539,26 +146,26 @@ MUTANTS = [
     Mutant(metadata_length_not_durable, "names metadata blocks a cut takes away", 30_000),
     Mutant(shrink_zeroes_first, "shrinking destroys what it has not cut off yet", 20_000),
     Mutant(growth_shows_the_old_tail, "growing shows what shrinking cut off", 200_000, first_seed=13),
-    Mutant(mapped_before_filled, "maps a block before its first content is written", 75_000, threads=True),
+    Mutant(mapped_before_filled, "maps a block before its first content is written", 75_000, kind=SEVERAL),
     Mutant(
         data_flushed_before_the_lists_are_taken,
         "flushes the data before taking the lists",
         75_000,
-        threads=True,
+        kind=SEVERAL,
     ),
     Mutant(
         write_under_way_not_waited_for,
         "commits past a write that has its block only",
         75_000,
         first_seed=1,
-        threads=True,
+        kind=SEVERAL,
     ),
     Mutant(
         readers_not_waited_for,
         "hands out blocks that are still being sent",
         300,
         first_seed=9,
-        threads=True,
+        kind=SEVERAL,
         uncut=True,
     ),
     Mutant(
@@ -566,7 +173,7 @@ MUTANTS = [
         "takes a snapshot in the middle of a write",
         300,
         first_seed=79,
-        threads=True,
+        kind=SEVERAL,
         uncut=True,
     ),
     Mutant(
@@ -574,8 +181,81 @@ MUTANTS = [
         "a flush counts on a commit that began before it",
         200_000,
         first_seed=7,
-        threads=True,
+        kind=SEVERAL,
     ),
+    Mutant(
+        named_before_its_data_is_durable,
+        "gives a received device its name before its data is durable",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        token_before_the_data_is_durable,
+        "notes how far a stream got before that is durable",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        token_ahead_of_the_data, "notes a record of a stream before it is written", 20_000, kind=TRANSFERS
+    ),
+    Mutant(
+        noted_with_an_old_row,
+        "notes progress with a row from before its base was renamed",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(replaced_in_two_steps, "moves the old replica out of the way first", 20_000, kind=TRANSFERS),
+    Mutant(
+        written_device_passes_for_a_base,
+        "takes a device that clients wrote to for what was received",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        fetched_said_before_durable,
+        "records that a block was fetched before it is durable",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        bits_copied_after_the_commit,
+        "records blocks as fetched that came after the commit",
+        20_000,
+        kind=SEVERAL_TRANSFERS,
+    ),
+    Mutant(
+        fetched_over_newer_content,
+        "fetches over what a client wrote or discarded meanwhile",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        discards_not_recorded,
+        "forgets discards of blocks that are still in the store",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(lists_not_flushed, "does not flush the list of remote blocks", 20_000, kind=TRANSFERS),
+    Mutant(last_blocks_not_fetched, "ends a pull before the last blocks", 20_000, kind=TRANSFERS),
+    Mutant(
+        complete_before_durable,
+        "calls a device complete before its blocks are durable",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        list_removed_before_the_row_says_so,
+        "removes the list while the device is still lazy",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        hold_released_before_the_row_says_so,
+        "lets the store go while the device is still lazy",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(snapshot_shares_the_list, "gives a snapshot the list of its origin", 20_000, kind=TRANSFERS),
 ]
 
 
@@ -602,9 +282,9 @@ def detect(mutant: Mutant, first_seed: int = 0) -> Detection | None:
         with mutant.switch():
             try:
                 if mutant.uncut:
-                    search.uncut(seed)
+                    search.uncut(seed, kind=mutant.kind)
                 else:
-                    search.seed(seed, threads=mutant.threads)
+                    search.seed(seed, kind=mutant.kind)
             except Found as found:
                 # A function that no longer fits its caller is no mistake of the engine.
                 assert not found.what.startswith(UNFIT), found.what

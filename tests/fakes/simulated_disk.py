@@ -16,6 +16,9 @@ Which faults it may suffer, and why recovery must work all the same:
 * **The journal** is left by a power cut as it was at that instant, the most tempting it can be, and the machine has
   booted since. Recovery works because entries of another boot are not looked at. A kill of the process alone leaves
   the same boot, and everything as it was written.
+* **Small files** beside them (which blocks of a device are still in an object store) are cut call by call: a sector is
+  durable with its file's flush, a name with its directory's (`simulated_files`). The object store itself is elsewhere
+  and loses nothing (`simulated_objects`).
 * **Any operation** can fail or come out short, by `before`: a hook that is asked before each one. A failed flush
   leaves what it should have covered in doubt for ever, which is what Linux does.
 
@@ -36,6 +39,8 @@ import numpy as np
 
 from metadata import BLOCK_BYTES, ShortRead, format_pool
 from tests.fakes.disk_history import SECTOR_BYTES, Contents, Event, File, FileImage, Image, Kind
+from tests.fakes.simulated_files import IN_PLACE_OF_OS, SimulatedFiles
+from tests.fakes.simulated_objects import SimulatedObjects
 from thinpool import opening
 from thinpool.catalog import MEMORY, Catalog
 from thinpool.data_file import DataFile
@@ -104,9 +109,12 @@ class SimulatedDisk:
         os.pwrite(self.journal, image.journal, 0)
         self.boot = f"boot {next(BOOTS)}"
         self.before_journal: Before | None = None
+        self.small = SimulatedFiles(self, image.small)
+        self.objects = SimulatedObjects(self, image.store)
         self.location = type("Location", (SimulatedLocation,), {"journal": self.journal})(
-            Path(f"/proc/self/fd/{self.metadata}"), Path(f"/proc/self/fd/{self.data}"), None
+            Path(f"/proc/self/fd/{self.metadata}"), Path(f"/proc/self/fd/{self.data}"), self.small.root
         )
+        IN_PLACE_OF_OS.add(self.small)
 
     def _make(self, name: str, image: FileImage) -> int:
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -131,6 +139,7 @@ class SimulatedDisk:
         os.close(self.metadata)
         os.close(self.data)
         os.close(self.journal)
+        IN_PLACE_OF_OS.remove(self.small)
 
     # --- recording ---
 
@@ -177,6 +186,7 @@ class SimulatedDisk:
 
     def open(self, *, read_only: bool = False) -> Pool:
         """Open the pool with the real opening code; the periodic commit never starts."""
+        SimulatedObjects.in_use = self.objects
         with self._in_place():
             location: object = self.location
             pool = opening._open_locked(location, _NoLock(), read_only)  # type: ignore[arg-type]

@@ -35,8 +35,9 @@ from tests.fakes.crash_oracle import (
     StepEnd,
     World,
 )
-from tests.fakes.crash_scenario import BLOCK_SECTORS, SECTOR_BYTES, stamp
+from tests.fakes.crash_scenario import BLOCK_SECTORS, SECTOR_BYTES
 from tests.fakes.disk_history import Contents
+from tests.fakes.reproducible import stamp
 from thinpool.error_root import ThinPoolError
 from thinpool.errors import ServerUnreachable
 from tools.disk_client import DiskClient

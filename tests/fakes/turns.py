@@ -17,7 +17,7 @@ from random import Random
 from types import SimpleNamespace, TracebackType
 from unittest import mock
 
-from thinpool import catalog, committer, device, engine, free_map, reclaim, session
+from thinpool import catalog, committer, device, engine, free_map, lazy_device, reclaim, session
 
 # How likely the running task keeps its turn at a point where it may lose it; one of these for each run. Rare changes
 # find what needs one task to stand still while another does a great deal.
@@ -146,7 +146,7 @@ class Turns:
             Lock=lock, RLock=rlock, Condition=lambda: TurnCondition(self), Event=threading.Event, Thread=None
         )
         with contextlib.ExitStack() as patches:
-            for module in (catalog, committer, engine, free_map, reclaim):
+            for module in (catalog, committer, engine, free_map, lazy_device, reclaim):
                 patches.enter_context(mock.patch.object(module, "threading", names))
             patches.enter_context(mock.patch.multiple(device, Lock=lock, RLock=rlock))
             patches.enter_context(mock.patch.object(session, "Lock", lock))
@@ -199,6 +199,11 @@ class TurnCondition(TurnLock):
         self.release()
         self._turns.block(self._news)
         self.acquire()
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> None:
+        """Until it holds; the time-out is for those who are never woken, which `Deadlock` tells here."""
+        while not predicate():
+            self.wait()
 
     def notify_all(self) -> None:
         self._turns.wake(self._news)

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from metadata import NotPoolMetadata, PoolMetadata, format_pool, recount
 from tests.fakes.crash_check import ImageStore
 from tests.fakes.crash_scenario import CHOICES, Scenario, scenario_of
-from tests.fakes.crash_search import Budget, Found, Search, subsets
+from tests.fakes.crash_search import Budget, Found, ScenarioKind, Search, subsets
 from tests.fakes.disk_history import Contents, Kind, Replay
 from tests.fakes.file_catalog import FileCatalog
 from tests.fakes.mutants import MUTANTS, Mutant, detect
@@ -38,7 +38,7 @@ def test_a_slice_of_the_search(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_slice_with_several_at_work(seed: int) -> None:
-    Search(SLICE).seed(seed, steps=40, threads=True)
+    Search(SLICE).seed(seed, steps=40, kind=ScenarioKind(threads=True))
 
 
 def test_several_at_work_without_cuts() -> None:

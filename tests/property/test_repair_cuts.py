@@ -19,11 +19,12 @@ import pytest
 from metadata import PoolMetadata, Severity, clear_needs_check, mend, recount
 from tests.fakes.crash_check import ImageStore
 from tests.fakes.disk_history import Contents, File, FileImage, Image, Kind, Replay
+from tests.fakes.file_history import Content, FileHistory
 from tests.fakes.metadata_edits import Image as Edits
 from tests.fakes.metadata_pools import contents, new_pool, packed, span
 from tests.fakes.simulated_disk import BLOCK_SECTORS, SimulatedDisk, SimulatedStore
 from tests.fakes.thin_tools import find_tool
-from tests.fakes.traced_files import Content, TracedFiles, trace
+from tests.fakes.traced_files import trace
 
 Mappings = dict[int, dict[int, int]]
 METADATA_BLOCKS = 400
@@ -159,7 +160,7 @@ def test_repair_into_another_file_may_be_cut_anywhere(tmp_path: Path, old: bool)
     place.mkdir()
     source, target, spoilt = place / "source", place / "target", bytes(image.image)
     source.write_bytes(spoilt)
-    files = TracedFiles()
+    files = FileHistory()
     files.adopt(source)
     before = bytes(pool_with_sharing().image) if old else None
     if before is not None:

@@ -20,8 +20,9 @@ import pytest
 
 from metadata import FileStore, recount
 from tests.fakes.crash_oracle import Violation
+from tests.fakes.file_history import FileHistory
 from tests.fakes.thin_tools import find_tool
-from tests.fakes.traced_files import MARK, TracedFiles, lay_out, trace
+from tests.fakes.traced_files import MARK, lay_out, trace
 from tests.fakes.traced_work import BLOCK, MISTAKES, World
 from thinpool.errors import NotAPool, PoolNotFound
 from thinpool.opening import open_pool
@@ -72,7 +73,7 @@ def cut_everywhere(scratch: Path, *, seed: int, images: int, mistakes: Sequence[
     place.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.fakes.traced_work", str(place / "pool"), *mistakes]
-    files, worlds, opened = TracedFiles(), [None], 0
+    files, worlds, opened = FileHistory(), [None], 0
     for number, call in enumerate(trace(command, place, scratch, environment)):
         if call.path.startswith(MARK):
             worlds = json.loads(call.path.removeprefix(MARK))

@@ -1,11 +1,12 @@
 """Receiving, cut after every single step that reaches the disk; and increments of snapshots taken under load.
 
 A kill is imitated by a copy of the pool's files: whatever was written up to then is there, and nothing else. What a
-power cut may do beyond that is the business of the crash search; the steps are those of `Pool._step`.
+power cut may do beyond that, and at any write, is the business of the crash search (`test_transfer_cuts.py`).
 """
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import subprocess
@@ -27,12 +28,14 @@ from tests.fakes.transfer_pools import (
     take_in,
     write,
 )
+from thinpool import receiving
 from thinpool.catalog import Catalog
 from thinpool.engine import Engine
 from thinpool.errors import StreamDamaged
 from thinpool.opening import open_pool
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
+from thinpool.receiving import ReceiveOptions, receive
 
 MIB = 1 << 20
 
@@ -126,6 +129,30 @@ def test_a_kill_after_any_step(place: Path, monkeypatch: pytest.MonkeyPatch, nam
             assert found.get("tue", tuesday) == tuesday
         assert not (half is None and found.get(name) == tuesday), "both at once"
     assert seen == {(False, False), (True, False), (False, True)}
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_becomes_of_the_base_meanwhile_is_not_forgotten(
+    place: Path, monkeypatch: pytest.MonkeyPatch, deleted: bool, resumable: bool
+):
+    """The row of a device that is being received is changed by others too: its base gets another name, or goes."""
+    monkeypatch.setattr(receiving, "NOTE_SECONDS", -1.0)
+    full, increment, _, tuesday = source_with_two_days(place)
+    with new_pool(place / "target", size_bytes=16 * MIB) as target:
+        take_in(target, full, "mon")
+
+        def change(_done: int, _total: int) -> None:
+            if target.catalog.by_name("mon") is not None:
+                if deleted:
+                    target.delete("mon")
+                else:
+                    target.rename("mon", "monday")
+
+        options = ReceiveOptions("tue", resumable=resumable)
+        receive(target, io.BytesIO(increment).readinto, options, change)
+        assert target.info("tue").origin == (None if deleted else "monday")
+        assert content(target, "tue") == tuesday
 
 
 def test_increments_of_snapshots_taken_under_load(place: Path):

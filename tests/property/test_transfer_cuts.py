@@ -1,0 +1,29 @@
+"""The power is cut, and the server killed, while snapshots arrive: a fixed slice of the crash search with transfers.
+
+What it has found: a received device told of a base that had been renamed or deleted meanwhile
+(`test_what_becomes_of_the_base_meanwhile_is_not_forgotten`). `tools/crash-search --transfers` goes on where this ends.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fakes.crash_search import Budget, ScenarioKind, Search
+
+SLICE = Budget(images_per_cut=6, recover_every=90, recovery_steps=4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_slice_with_transfers(seed: int) -> None:
+    Search(SLICE).seed(seed, steps=22, kind=ScenarioKind(transfers=True))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_slice_with_transfers_and_several_at_work(seed: int) -> None:
+    Search(SLICE).seed(seed, steps=22, kind=ScenarioKind(transfers=True, threads=True))
+
+
+def test_transfers_with_several_at_work_without_cuts() -> None:
+    search = Search(SLICE)
+    for seed in range(1000, 1005):
+        search.uncut(seed, steps=30, kind=ScenarioKind(transfers=True, threads=True))
