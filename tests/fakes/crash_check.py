@@ -227,7 +227,10 @@ class Checker:
             seen: World = {}
             for entry in entries:
                 model = world[entry.name]
-                actual = read_whole(pool, entry, self._contents)
+                try:
+                    actual = read_whole(pool, entry, self._contents)
+                except (MetadataError, ThinPoolError, OSError) as error:
+                    raise Violation(f"{entry.name} cannot be read: {error}") from error
                 if actual is None:
                     seen[entry.name] = unread(model)
                     continue
@@ -246,10 +249,13 @@ class Checker:
             run = Scenario(disk, random, nbd=False, world=world, first_number=first_number)
         else:
             run = self._run.successor(self._run, disk, random, world, first_number)
-        run.run(steps)
-        run.text.append("reopen at the end")
-        run._reopen()
-        run.compare_all()
+        try:
+            run.run(steps)
+            run.text.append("reopen at the end")
+            run._reopen()
+            run.compare_all()
+        except (MetadataError, ThinPoolError, OSError) as error:
+            raise Violation(f"going on ends with {error!r} ({'; '.join(run.text)})") from error
         run.close()
         disk.close()
         return run

@@ -10,21 +10,25 @@ back; what was being done may have happened or not; a change of names and sizes 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from random import Random
 
 from metadata import recount
+from tests.fakes.crash_arrivals import read_whole
 from tests.fakes.crash_check import compare_names, describe_strangers
 from tests.fakes.crash_oracle import (
     Change,
     End,
     Stage,
+    Step,
     Violation,
     World,
 )
 from tests.fakes.crash_scenario import Scenario, Shape
+from tests.fakes.crash_transfers import TransferScenario, prepared, transfers_simulated
 from tests.fakes.disk_history import Contents
 from tests.fakes.simulated_disk import SimulatedDisk, SimulatedStore
+from tests.fakes.travelling_snapshots import TravellingSnapshots
 
 
 class Killed(BaseException):
@@ -93,13 +97,39 @@ class KilledScenario(Scenario):
             promised.fold({layer.change.number for layer in promised.layers})
             entry = self.pool.catalog.by_name(name)
             assert entry is not None
-            session = self.pool.open_session(entry)
-            actual = self.disk.contents.intern(bytes(session.read_bytes(0, entry.size_bytes)))
-            session.close()
+            actual = read_whole(self.pool, entry, self.disk.contents)
+            if actual is None:
+                continue  # no space to fetch what is still in the store
             problem = describe_strangers(name, promised, actual, self.disk.contents)
             if problem is not None:
                 return problem
         return None
+
+
+class KilledTransfers(KilledScenario, TransferScenario):
+    """Snapshots arrive meanwhile. Only inside `transfers_simulated()`."""
+
+    def __init__(
+        self, disk: SimulatedDisk, random: Random, kill: Kill, days: TravellingSnapshots, *, nbd: bool
+    ) -> None:
+        self._kill = kill
+        TransferScenario.__init__(self, disk, random, days, nbd=nbd)
+        disk.before = disk.before_journal = kill.before
+
+    @contextmanager
+    def marked(self, step: Step) -> Iterator[None]:
+        if self._kill.struck:
+            yield  # the dead leave no marks: this is what would have been tidied up
+            return
+        with super().marked(step):
+            yield
+
+
+def killed_transfers_of(seed: int, kill: Kill) -> KilledTransfers:
+    """The scenario of a seed with transfers, to be killed."""
+    random = Random(f"killed {seed}")
+    disk, days = prepared(random, Contents())
+    return KilledTransfers(disk, random, kill, days, nbd=random.random() < 0.4)
 
 
 def killed_scenario_of(seed: int, kill: Kill, steps: int) -> KilledScenario:
@@ -111,10 +141,15 @@ def killed_scenario_of(seed: int, kill: Kill, steps: int) -> KilledScenario:
     return KilledScenario(disk, random, kill, nbd=shape.nbd)
 
 
-def run_and_kill(seed: int, number: int, steps: int) -> int:
+def run_and_kill(seed: int, number: int, steps: int, *, transfers: bool = False) -> int:
     """Kill the server of a seed's scenario at operation `number`; returns how many there were. Raises Violation."""
     kill = Kill(number)
-    run = killed_scenario_of(seed, kill, steps)
+    with transfers_simulated() if transfers else nullcontext():
+        run = killed_transfers_of(seed, kill) if transfers else killed_scenario_of(seed, kill, steps)
+        return _killed(run, kill, seed, steps)
+
+
+def _killed(run: KilledScenario, kill: Kill, seed: int, steps: int) -> int:
     try:
         for _ in range(steps):
             run.step()
@@ -122,9 +157,7 @@ def run_and_kill(seed: int, number: int, steps: int) -> int:
         try:
             run.judge()
         except Exception as error:
-            where = (
-                f"seed {seed}, killed at operation {number} ({kill.struck}) of: {'; '.join(run.text[-5:])}"
-            )
+            where = f"seed {seed}, killed at operation {kill.number} ({kill.struck}) of: {'; '.join(run.text[-5:])}"
             raise Violation(f"{where}: {error}") from error
     finally:
         run.close()

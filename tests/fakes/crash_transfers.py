@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -225,10 +225,20 @@ class TransferScenario(Scenario):
 
     # --- choosing ---
 
+    # How often each is chosen, when any is.
+    weights: ClassVar[dict[str, int]] = {
+        "receive": 7,
+        "resume": 14,
+        "abort": 2,
+        "pull": 6,
+        "hydrate": 12,
+        "abort-pull": 2,
+    }
+
     def choose(self) -> str:
-        transfers = [name for name, (_, _, possible) in TRANSFERS.items() if possible(self)]
+        transfers = [name for name, (_, possible) in TRANSFERS.items() if possible(self)]
         if transfers and self.random.random() < 0.5:
-            return self.random.choices(transfers, [TRANSFERS[name][0] for name in transfers])[0]
+            return self.random.choices(transfers, [self.weights[name] for name in transfers])[0]
         return super().choose()
 
     def take(self, choice: str) -> None:
@@ -237,7 +247,7 @@ class TransferScenario(Scenario):
             self.disk.objects.refuse_after = self.random.randrange(6)
         try:
             if choice in TRANSFERS:
-                TRANSFERS[choice][1](self)
+                TRANSFERS[choice][0](self)
             else:
                 super().take(choice)
         except OSError as error:
@@ -382,7 +392,7 @@ class TransferScenario(Scenario):
 
     def _meddle(self, key: str, name: str, model: DeviceModel) -> None:
         """While a pack is on its way into a device, somebody else changes that very device."""
-        if not key.startswith("packs/") or self._meddling or self.random.random() < 0.6:
+        if not key.startswith("packs/") or self._meddling or self.random.random() < 0.5:
             return
         if self.oracle.world.get(name) is not model:
             return
@@ -404,17 +414,25 @@ class TransferScenario(Scenario):
                 with self._structural(steps.Delete(name)):
                     self.pool.delete(name)
             elif not model.read_only:
-                self._change_blocks(name, model)
+                self._change_blocks(name, model, self._block_on_its_way(name))
         finally:
             self._meddling = False
             self.disk.objects.refuse_after = refuse_after
 
-    def _change_blocks(self, name: str, model: DeviceModel) -> None:
+    def _block_on_its_way(self, name: str) -> int | None:
+        """The block that the request is about, more often than not."""
+        lazy = self.pool.lazy.of(self._entry(name))
+        flying = [] if lazy is None else sorted(lazy._flying)
+        return flying[0] if flying and self.random.random() < 0.7 else None
+
+    def _change_blocks(self, name: str, model: DeviceModel, block: int | None) -> None:
         """Write, zero or discard whole blocks; they need not be fetched for that."""
         random = self.random
         client = DirectClient(self, self.pool.open_session(self._entry(name)), self.pool, name)
         try:
-            first = random.randrange(-(-model.sectors // BLOCK_SECTORS)) * BLOCK_SECTORS
+            if block is None:
+                block = random.randrange(-(-model.sectors // BLOCK_SECTORS))
+            first = block * BLOCK_SECTORS
             count = min(BLOCK_SECTORS * random.randrange(1, 3), model.sectors - first)
             choice, number = random.random(), self.number()
             zeros = Change(model.number, first, np.zeros(count, np.int32), number)
@@ -455,13 +473,14 @@ class TransferScenario(Scenario):
             )
 
 
-TRANSFERS: dict[str, tuple[int, Callable[[TransferScenario], None], Callable[[TransferScenario], object]]] = {
-    "receive": (7, TransferScenario.receive_something, lambda _: True),
-    "resume": (14, TransferScenario.resume_something, lambda run: run._halves(streamed=True)),
-    "abort": (2, TransferScenario.abort_something, lambda run: run._halves(streamed=True)),
-    "pull": (6, TransferScenario.pull_something, lambda _: True),
-    "hydrate": (12, TransferScenario.hydrate_something, TransferScenario._remote_devices),
-    "abort-pull": (2, TransferScenario.abort_pull, lambda run: run._halves(streamed=False)),
+# What is done, and when it is possible.
+TRANSFERS: dict[str, tuple[Callable[[TransferScenario], None], Callable[[TransferScenario], object]]] = {
+    "receive": (TransferScenario.receive_something, lambda _: True),
+    "resume": (TransferScenario.resume_something, lambda run: run._halves(streamed=True)),
+    "abort": (TransferScenario.abort_something, lambda run: run._halves(streamed=True)),
+    "pull": (TransferScenario.pull_something, lambda _: True),
+    "hydrate": (TransferScenario.hydrate_something, TransferScenario._remote_devices),
+    "abort-pull": (TransferScenario.abort_pull, lambda run: run._halves(streamed=False)),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from random import Random
+from typing import ClassVar
 
 from tests.fakes.crash_scenario import Scenario
 from tests.fakes.crash_threads import Task, ThreadedScenario
@@ -23,6 +24,9 @@ from thinpool.errors import StoreRefused
 
 class ThreadedTransfers(ThreadedScenario, TransferScenario):
     """Needs `turns.installed()` and `transfers_simulated()` around everything it does."""
+
+    # Devices stay lazy for longer: fetching goes on in rounds.
+    weights: ClassVar[dict[str, int]] = {**TransferScenario.weights, "pull": 14, "hydrate": 2, "resume": 7}
 
     def __init__(
         self, disk: SimulatedDisk, random: Random, turns: Turns, days: TravellingSnapshots, *, nbd: bool
@@ -45,7 +49,8 @@ class ThreadedTransfers(ThreadedScenario, TransferScenario):
     def _participants(self, names: list[str]) -> list[Task]:
         fetched = [name for name in self.oracle.world if self.oracle.world[name].remote]
         self.random.shuffle(fetched)
-        tasks = [self._fetcher(name) for name in fetched[: self.random.randrange(3)]]
+        # Two fetch into one device, as two readers do.
+        tasks = [self._fetcher(name) for name in (fetched[:1] * 2)[: self.random.randrange(3)]]
         # Clients come to where fetching goes on.
         names = [name for name in fetched if name in names] + [name for name in names if name not in fetched]
         if self.random.random() < 0.3:

@@ -58,7 +58,6 @@ from tests.fakes.name_mutants import (
     transaction_id_not_moved,
 )
 from tests.fakes.transfer_mutants import (
-    bits_copied_after_the_commit,
     complete_before_durable,
     discards_not_recorded,
     fetched_over_newer_content,
@@ -78,7 +77,6 @@ from tests.fakes.transfer_mutants import (
 
 SEVERAL = ScenarioKind(threads=True)
 TRANSFERS = ScenarioKind(transfers=True)
-SEVERAL_TRANSFERS = ScenarioKind(threads=True, transfers=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +214,6 @@ MUTANTS = [
         "records that a block was fetched before it is durable",
         20_000,
         kind=TRANSFERS,
-    ),
-    Mutant(
-        bits_copied_after_the_commit,
-        "records blocks as fetched that came after the commit",
-        20_000,
-        kind=SEVERAL_TRANSFERS,
     ),
     Mutant(
         fetched_over_newer_content,

@@ -35,6 +35,8 @@ class SimulatedObjects:
         self.under_way: Callable[[str], None] = lambda _: None
 
     def _answer(self) -> None:
+        if self._disk is not None:
+            self._disk.ask("store request")
         if self.refuse_after is not None:
             if self.refuse_after <= 0:
                 self.refused = True

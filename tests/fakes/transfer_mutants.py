@@ -135,8 +135,13 @@ def last_blocks_not_fetched() -> Iterator[None]:
         yield
 
 
-def complete_before_durable() -> AbstractContextManager[object]:
-    return _without_commit(LazyDevices, "complete")
+@contextmanager
+def complete_before_durable() -> Iterator[None]:
+    with (
+        instead(LazyDevice, "checkpoint", lambda self: None),
+        _without_commit(LazyDevices, "complete"),
+    ):
+        yield
 
 
 def _complete_by_hand(self, entry, release) -> None:  # noqa: ANN001
