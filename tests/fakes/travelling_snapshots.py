@@ -137,7 +137,7 @@ class _DaySource:
         changes = (
             self._snapshot.mapped(0, size_bytes)
             if self._base is None
-            else self._snapshot.changes(self._base.identity)
+            else self._snapshot.changes(self._base.identity, mapped_bytes=0)
         )
         assert changes is not None
         for offset, length, is_data in changes:
