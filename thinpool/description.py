@@ -23,20 +23,28 @@ METADATA_BLOCK_BYTES = 4096
 
 
 def describe_device(
-    engine: Engine, entry: CatalogEntry, remote_bytes: int, resume_token: str | None
+    engine: Engine, entry: CatalogEntry, remote_bytes: int, resume_token: str | None, *, figures: bool = True
 ) -> DeviceInfo:
-    """One device as data; `remote_bytes` of it are still in an object store."""
+    """One device as data; `remote_bytes` of it are still in an object store. Without `figures` nothing is read.
+
+    Raises MetadataError, OSError.
+    """
     device = engine.devices.get(entry.device_id)
-    with engine.tree:
-        usage = engine.metadata.usage(entry.device_id)
+    mapped = exclusive = shared = None
+    if figures:
+        with engine.looking_at_tree() as metadata:
+            usage = metadata.usage(entry.device_id)
+        mapped = usage.mapped_blocks * engine.block_bytes
+        exclusive = usage.exclusive_blocks * engine.block_bytes
+        shared = mapped - exclusive
     created = datetime.datetime.fromtimestamp(entry.created, datetime.UTC)
     return DeviceInfo(
         name=entry.name,
         device_id=entry.device_id,
         size_bytes=entry.size_bytes,
-        mapped_bytes=usage.mapped_blocks * engine.block_bytes,
-        exclusive_bytes=usage.exclusive_blocks * engine.block_bytes,
-        shared_bytes=(usage.mapped_blocks - usage.exclusive_blocks) * engine.block_bytes,
+        mapped_bytes=mapped,
+        exclusive_bytes=exclusive,
+        shared_bytes=shared,
         origin=entry.origin,
         created=created.isoformat(timespec="seconds"),
         read_only=entry.read_only,
@@ -102,7 +110,7 @@ def _mark(size_bytes: int, percent: int) -> int | None:
 def describe_freeing(engine: Engine, entries: Sequence[CatalogEntry]) -> list[ReclaimInfo]:
     """What deleting snapshots would free, in the order in which they were made."""
     found = []
-    with engine.tree:
+    with engine.looking_at_tree():
         records = {record.device_id: record for record in engine.metadata.devices()}
         series = engine.metadata.freeing()
         together = 0
@@ -133,7 +141,7 @@ def dm_lines(pool: Pool) -> list[str]:
     engine = pool.engine
     entries = sorted(pool.catalog.entries(), key=lambda entry: entry.name)
     pool_name = "pool" if pool.location.root is None else pool.location.root.absolute().name
-    with engine.tree:
+    with engine.looking_at_tree():
         lines = [f"{pool_name}: {pool_line(engine.metadata, mode_of(pool), refuses=engine.full.refuses)}"]
         for entry in entries:
             device = DmDevice(entry.name, entry.device_id, entry.size_bytes)

@@ -60,8 +60,8 @@ class ThinDevice:
         blocks = -(-size_bytes // self.block_bytes)
         self.block_map = BlockMap(blocks, self._load)
         self._judged: bitarray = zeroed_bits(-(-blocks // CHUNK_BLOCKS))
-        with engine.tree:
-            self.shared_before = engine.metadata.device(device_id).snapshotted_time
+        with engine.looking_at_tree() as metadata:
+            self.shared_before = metadata.device(device_id).snapshotted_time
         if engine.failure is not None:
             self.refuse_writes()
 
@@ -338,9 +338,8 @@ class ThinDevice:
                 )
             if self.engine.writable and self.engine.failure is None:
                 self.apply_pending()
-            with self.engine.tree:
-                devices = (base, self.device_id)
-                return dirty_extents(self.engine.metadata, devices, self.block_bytes, offset, length)
+            with self.engine.looking_at_tree() as metadata:
+                return dirty_extents(metadata, (base, self.device_id), self.block_bytes, offset, length)
 
     def take_point_in_time(
         self, device_id: int, then: Callable[[], None] | None = None, *, replacing: bool = False

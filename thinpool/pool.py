@@ -13,6 +13,7 @@ refuses a pool whose id moved.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from metadata import PoolMetadata
+from metadata import MetadataError, PoolMetadata
 
 from .admission import require_promise, require_space
 from .catalog import Catalog, CatalogEntry, Drop, Put
@@ -56,6 +57,8 @@ from .transfers import Transfers
 
 if TYPE_CHECKING:
     from .space_watch import SpaceWatch
+
+log = logging.getLogger("thinpool")
 
 DEVICE_ID_MAX = (1 << 24) - 1
 # The block map of a device is address space; this is what every 64-bit Linux gives.
@@ -195,7 +198,7 @@ class Pool:
                 lambda entry: replace(entry, reservation_bytes=reservation_bytes),
                 force=force,
             )
-            return self.info(name)
+            return self._done(name)
 
     def create_entry(
         self,
@@ -234,7 +237,7 @@ class Pool:
             with self._step([Put(entry)]):
                 self._device(source).take_point_in_time(entry.device_id, fork)
             self.lazy.of(entry)
-            return self.info(name)
+            return self._done(name)
 
     def delete(self, name: str) -> None:
         """Delete a device or snapshot; blocks nobody else uses come back. Raises DeviceInUse."""
@@ -268,7 +271,7 @@ class Pool:
             entry = self._entry(old)
             self._new_name(new)
             self.catalog.apply([Put(replace(entry, name=new)), *self._reparented(old, new)])
-            return self.info(new)
+            return self._done(new)
 
     def reserve(self, name: str, reservation_bytes: int) -> DeviceInfo:
         """Set data blocks aside so that a device can always have so many bytes for itself; 0 for none.
@@ -278,7 +281,7 @@ class Pool:
         with self.engine.transaction:
             self.engine.require_writable()
             self.reserved.change(self._entry(name), reservation_bytes)
-            return self.info(name)
+            return self._done(name)
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> DeviceInfo:
         """Change a device's size. Clients see a larger size when they connect again.
@@ -300,7 +303,7 @@ class Pool:
             else:
                 require_promise(self.settings, self.status(), size_bytes - entry.size_bytes)
             self.set_size(entry, size_bytes)
-            return self.info(name)
+            return self._done(name)
 
     def set_size(self, entry: CatalogEntry, size_bytes: int) -> None:
         """Change a device's size, whoever it belongs to; `transaction` is held, and a shorter device is idle."""
@@ -353,7 +356,7 @@ class Pool:
         """
         with self.engine.transaction:
             roll_back(self, name, snapshot, keep)
-            return self.info(name)
+            return self._done(name)
 
     def _reparented(self, origin: str, new_origin: str | None) -> list[Put | Drop]:
         entries = self.catalog.entries()
@@ -465,6 +468,17 @@ class Pool:
         with self.engine.transaction:
             return [self._describe(entry) for entry in sorted(self.catalog.entries(), key=lambda e: e.name)]
 
+    def _done(self, name: str) -> DeviceInfo:
+        """A device as a change left it. That is done: figures that cannot be read now do not undo it."""
+        entry = self._entry(name)
+        try:
+            return self._describe(entry)
+        except (OSError, MetadataError) as error:
+            log.warning("%r was changed; its figures cannot be read: %s", name, error)
+            return describe_device(
+                self.engine, entry, self.lazy.remote_bytes(entry), token_of(entry.receiving), figures=False
+            )
+
     def _describe(self, entry: CatalogEntry) -> DeviceInfo:
         device = self.engine.devices.get(entry.device_id)
         if device is not None and self.writable:
@@ -515,7 +529,7 @@ class Pool:
                 self.engine.require_writable()  # changes that were never committed are in no tree
             if self.writable:
                 self.engine.collect()
-            with self.engine.tree:
+            with self.engine.looking_at_tree():
                 return compare(self._metadata, *entries, self.block_bytes, begin_bytes)
 
     def dm_status(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 class DeviceInfo:
     """One thin device. `mapped = exclusive + shared`; deleting it frees `exclusive_bytes`.
 
+    The three are None in what a change returns where they could not be read after it: the change is done all the same.
     `content_id` is None where the content may have changed since it had one (see `content_identity.py`).
     `remote_bytes` is what still has to be fetched from an object store, at most (`lazy_devices.py`).
     """
@@ -17,9 +18,9 @@ class DeviceInfo:
     name: str
     device_id: int
     size_bytes: int
-    mapped_bytes: int
-    exclusive_bytes: int
-    shared_bytes: int
+    mapped_bytes: int | None
+    exclusive_bytes: int | None
+    shared_bytes: int | None
     origin: str | None
     created: str  # ISO 8601, UTC
     read_only: bool

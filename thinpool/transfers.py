@@ -241,7 +241,7 @@ class Transfers:
                 pool.engine.forget(replaced.device_id)
             pool.engine.forget(entry.device_id)
             pool.engine.reclaim()
-            return pool.info(state.target)
+            return pool._done(state.target)
 
     def _present(self, entry: CatalogEntry) -> CatalogEntry:
         """The row as it is now: while a stream comes in, its base may be renamed or deleted."""

@@ -102,7 +102,7 @@ class Bench:
                     offset += len(piece)
         session.close()
         pool.create_snapshot("disk", "first", read_only=True)
-        self.mapped_bytes = pool.info("first").mapped_bytes
+        self.mapped_bytes = pool.info("first").mapped_bytes or 0
         pool.close()
 
     def change(self, name: str) -> int:
