@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import BadRequest, ServerStopping, StreamDamaged
 from .operations import as_leaf
+from .receive_plan import examine
 from .receiving import ReceiveOptions, receive
 from .source_access import HeldDevices, SourceRequest, hold, release
 
@@ -216,12 +217,13 @@ async def receive_route(pool: Pool, holds: Holds, request: Request) -> dict[str,
         name=given.get("name"),
         resumable=given.get("resumable") == "1",
         read_only=given.get("writable") != "1",
+        dry_run=given.get("dry_run") == "1",
     )
     pipe = BodyPipe(asyncio.get_running_loop())
     holds.add_pipe(pipe)
     feeding = asyncio.ensure_future(pipe.feed(request))
     try:
-        received = await run_in_threadpool(receive, pool, pipe.read_into, options)
+        return await run_in_threadpool(_taken, pool, pipe, options)
     except StreamDamaged as error:
         if holds.over:
             raise ServerStopping(str(pool.location)) from error
@@ -231,4 +233,8 @@ async def receive_route(pool: Pool, holds: Holds, request: Request) -> dict[str,
         pipe.abandon()
         feeding.cancel()
         pipe.end()
-    return received.to_json()
+
+
+def _taken(pool: Pool, pipe: BodyPipe, options: ReceiveOptions) -> dict[str, Any]:
+    work = examine if options.dry_run else receive
+    return work(pool, pipe.read_into, options).to_json()

@@ -84,6 +84,7 @@ from .store_errors import (
     WrongStoreKey,
 )
 from .transfer_errors import (
+    BaseGone,
     BaseMissing,
     BaseNotFrozen,
     ContentGone,
@@ -91,6 +92,7 @@ from .transfer_errors import (
     HoldLost,
     ImageExists,
     ImageFailed,
+    NothingInCommon,
     NotReceiving,
     PartlyReceived,
     ResumeMismatch,
@@ -110,6 +112,7 @@ __all__ = [
     "BadSetting",
     "BadSize",
     "BadStoreUrl",
+    "BaseGone",
     "BaseMissing",
     "BaseNotFrozen",
     "CatalogDamaged",
@@ -144,6 +147,7 @@ __all__ = [
     "NotAttached",
     "NotBeingPulled",
     "NotReceiving",
+    "NothingInCommon",
     "OpeningFailed",
     "OutOfResources",
     "OvercommitExceeded",

@@ -18,6 +18,7 @@ from nbd import EXTENT_EXCLUSIVE, EXTENT_HOLE, Buffer, Extents
 from nbd.client import Client
 from nbd.errors import NbdError
 
+from .common_bases import KnownBase
 from .content_identity import new_identity
 from .snapshot_source import Piece, SnapshotSource, SourceDevice
 
@@ -33,6 +34,7 @@ class ImageSource:
     """The content of an image, as `snapshot_source.SnapshotSource` is that of a device."""
 
     base: SourceDevice | None = None
+    bases: Sequence[KnownBase] = ()
     block_bytes = ZERO_BLOCK_BYTES
 
     def __init__(self, uri: str, name: str, *, size_bytes: int) -> None:

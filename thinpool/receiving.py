@@ -15,12 +15,14 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import zstandard
 
-from .errors import NoSpace, NotReceiving, ResumeMismatch, StreamDamaged
+from .common_bases import nearest
+from .errors import BaseMissing, NoSpace, NotReceiving, ResumeMismatch, StreamDamaged
 from .stream_format import Begin, RecordFlag, RecordKind
 from .stream_reader import ReadInto, Record, StreamReader, read_ahead
 from .transfers import Wanted
@@ -28,6 +30,7 @@ from .transfers import Wanted
 if TYPE_CHECKING:
     from .catalog_rows import CatalogEntry
     from .pool import Pool
+    from .receiving_state import ReceivingState
     from .session import Session
 
 NOTE_SECONDS = 5.0
@@ -38,11 +41,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ReceiveOptions:
-    """`name` None takes the device's name in the stream. `read_only` None takes what it was where it comes from."""
+    """`name` None takes the device's name in the stream. With `dry_run`, `receive_plan.examine` does what is asked."""
 
     name: str | None = None
     resumable: bool = False
     read_only: bool = True
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +70,86 @@ def receive(
     reader = StreamReader(read_into)
     begin = reader.begin()
     name = options.name or begin.name
-    entry = _hidden_device(pool, name, begin, options)
+    with refusing_with_common_base(pool, reader):
+        entry = _hidden_device(pool, name, begin, options)
     return _Receiving(pool, name, entry, begin, progress).run(reader)
+
+
+@contextmanager
+def refusing_with_common_base(pool: Pool, reader: StreamReader) -> Iterator[None]:
+    """Where the base of an increment is missing, look in the stream for the nearest one that both sides have."""
+    try:
+        yield
+    except BaseMissing as error:
+        held = {entry.content_id: entry.name for entry in pool.catalog.entries() if entry.receiving is None}
+        common = nearest(reader.bases(), held)
+        if common is None:
+            raise
+        raise BaseMissing(
+            error.base, error.content_id, error.found, common.name, held[common.content_id]
+        ) from error
+
+
+def resumable_part(pool: Pool, name: str, begin: Begin) -> tuple[CatalogEntry, ReceivingState] | None:
+    """The half-received device that a stream goes on with. Raises ResumeMismatch, NotReceiving."""
+    found = pool.transfers.partial(name)
+    if found is None:
+        if begin.start_bytes:
+            raise NotReceiving(name)
+        return None
+    state = found[1]
+    same = (
+        state.content_id == begin.content_id
+        and state.base_content_id == begin.base_content_id
+        and state.size_bytes == begin.size_bytes
+        and state.position_bytes == begin.start_bytes
+    )
+    if same and state.resumable:
+        return found
+    if begin.start_bytes:
+        raise ResumeMismatch(name, state.token)
+    return None
+
+
+def wanted_device(name: str, begin: Begin, options: ReceiveOptions) -> Wanted:
+    """What a stream is to become."""
+    return Wanted(
+        name=name,
+        content_id=begin.content_id,
+        size_bytes=begin.size_bytes,
+        base_content_id=begin.base_content_id,
+        base_name=begin.base_name,
+        read_only=options.read_only,
+        resumable=options.resumable,
+    )
 
 
 def _hidden_device(pool: Pool, name: str, begin: Begin, options: ReceiveOptions) -> CatalogEntry:
     with pool.engine.transaction:
-        found = pool.transfers.partial(name)
+        found = resumable_part(pool, name, begin)
         if found is not None:
-            entry, state = found
-            same = (
-                state.content_id == begin.content_id
-                and state.base_content_id == begin.base_content_id
-                and state.size_bytes == begin.size_bytes
-                and state.position_bytes == begin.start_bytes
-            )
-            if same and state.resumable:
-                return pool.transfers.resumed(entry, state)
-            if begin.start_bytes:
-                raise ResumeMismatch(name, state.token)
-        elif begin.start_bytes:
-            raise NotReceiving(name)
-        wanted = Wanted(
-            name=name,
-            content_id=begin.content_id,
-            size_bytes=begin.size_bytes,
-            base_content_id=begin.base_content_id,
-            base_name=begin.base_name,
-            read_only=options.read_only,
-            resumable=options.resumable,
-        )
-        return pool.transfers.claim(pool.transfers.begin(wanted))
+            return pool.transfers.resumed(*found)
+        return pool.transfers.claim(pool.transfers.begin(wanted_device(name, begin, options)))
+
+
+class Unpacker:
+    """Data records as they were before they were packed. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._unpacker = zstandard.ZstdDecompressor()
+
+    def unpacked(self, record: Record) -> memoryview:
+        """The bytes of the device. Raises StreamDamaged."""
+        if not record.header.flags & RecordFlag.ZSTD:
+            return memoryview(record.payload)
+        length, at = record.header.length_bytes, record.header.offset_bytes
+        try:
+            raw = self._unpacker.decompress(record.payload, max_output_size=length, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise StreamDamaged(reason=f"a record cannot be unpacked: {error}", position_bytes=at) from error
+        if len(raw) != length:
+            raise StreamDamaged(reason="a record unpacks to another length than it says", position_bytes=at)
+        return memoryview(raw)
 
 
 class _Receiving:
@@ -114,7 +167,7 @@ class _Receiving:
         self._data_bytes = 0
         self._hole_bytes = 0
         self._noted = time.monotonic()
-        self._unpacker = zstandard.ZstdDecompressor()
+        self._unpacker = Unpacker()
         state = pool.transfers.partial(name)
         self._resumable = state is not None and state[1].resumable
 
@@ -136,7 +189,7 @@ class _Receiving:
         for record in records:
             header = record.header
             if header.kind == RecordKind.DATA:
-                self._write(session, header.offset_bytes, self._unpacked(record))
+                self._write(session, header.offset_bytes, self._unpacker.unpacked(record))
                 self._data_bytes += header.length_bytes
             else:
                 session.zero(header.offset_bytes, header.length_bytes, keep_allocated=False, fast_only=False)
@@ -146,18 +199,6 @@ class _Receiving:
                 self._note()
             if self._progress is not None:
                 self._progress(self._data_bytes, self._begin.data_bytes)
-
-    def _unpacked(self, record: Record) -> memoryview:
-        if not record.header.flags & RecordFlag.ZSTD:
-            return memoryview(record.payload)
-        length = record.header.length_bytes
-        try:
-            raw = self._unpacker.decompress(record.payload, max_output_size=length, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise self._damaged(reason=f"a record cannot be unpacked: {error}") from error
-        if len(raw) != length:
-            raise self._damaged(reason="a record unpacks to another length than it says")
-        return memoryview(raw)
 
     def _write(self, session: Session, offset: int, data: memoryview) -> None:
         """Write, and where there is no space see once whether some can be found, as the NBD server does."""
@@ -170,9 +211,6 @@ class _Receiving:
                 free = self._pool.status().data_free_bytes
                 raise NoSpace(what=f"device {self._name}", needed_bytes=len(data), free_bytes=free) from error
             _apply(session, offset, data)
-
-    def _damaged(self, reason: str) -> StreamDamaged:
-        return StreamDamaged(reason, self._position)
 
     def _note(self) -> None:
         self._entry = self._pool.transfers.note(self._entry, self._position)

@@ -14,13 +14,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import zstandard
 
+from .common_bases import KnownBase, encode_bases
 from .content_identity import new_identity
 from .snapshot_source import Piece, SourceDevice
 from .stream_format import (
@@ -50,6 +51,7 @@ class StreamSource(Protocol):
     block_bytes: int
     device: SourceDevice
     base: SourceDevice | None
+    bases: Sequence[KnownBase]
 
     def still_held(self) -> None:
         """Raise where what was read so far may be wrong."""
@@ -111,6 +113,10 @@ class Sender:
             self._write(preamble())
             payload = begin.encode()
             self._record(RecordHeader(RecordKind.BEGIN, 0, 0, 0, 0, len(payload)), payload)
+            if self._source.base is not None and self._source.bases:
+                # For a receiver that has not got this base: which one it might have.
+                told = encode_bases(self._source.bases)
+                self._record(RecordHeader(RecordKind.BASES, 0, self._number, 0, 0, len(told)), told)
             for header, packed in self._in_order(workers):
                 self._record(header, packed)
                 if self._progress is not None:

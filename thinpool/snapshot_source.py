@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from metadata.block_cache import BlockCache
 from metadata.btree import leaves
 from metadata.difference import Difference, differences
 from metadata.layout import TIME_BITS
+
+from .common_bases import KnownBase
 
 Buffer = bytearray | memoryview
 
@@ -60,8 +62,10 @@ class SnapshotSource:
         block_bytes: int,
         devices: tuple[SourceDevice, SourceDevice | None],
         still_held: Callable[[], None],
+        bases: Sequence[KnownBase] = (),
     ) -> None:
         self.block_bytes = block_bytes
+        self.bases = bases
         self.device, self.base = devices
         self.still_held = still_held
         self._store = FileStore(paths[0], writable=False)

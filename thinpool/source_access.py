@@ -17,12 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .catalog_rows import CatalogEntry
-from .errors import BaseNotFrozen, ContentGone, NoSuchDevice
+from .common_bases import KnownBase, related
+from .errors import BaseGone, BaseNotFrozen, ContentGone, NoSuchDevice
 from .receiving_state import ResumeToken
 from .snapshot_source import SnapshotSource, SourceDevice
+from .transfers import is_temporary
 
 if TYPE_CHECKING:
     from .pool import Pool
+
+BASES_NAMED_MAX = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class HeldDevices:
     start_bytes: int
     held_ids: list[int]
     copies: list[str]
+    bases: list[KnownBase]
 
     def to_json(self) -> dict[str, Any]:
         """For the control API."""
@@ -57,12 +62,16 @@ class HeldDevices:
             **document,
             "device": SourceDevice(**document["device"]),
             "base": None if base is None else SourceDevice(**base),
+            "bases": [KnownBase(**known) for known in document["bases"]],
         }
         return cls(**fields)
 
 
 def chosen(pool: Pool, request: SourceRequest) -> tuple[CatalogEntry, CatalogEntry | None, int]:
-    """The device, its base, and where to begin. Raises NoSuchDevice, BaseNotFrozen, ContentGone, TokenInvalid."""
+    """The device, its base, and where to begin.
+
+    Raises NoSuchDevice, BaseGone, BaseNotFrozen, ContentGone, TokenInvalid.
+    """
     if request.token is not None:
         token = ResumeToken.from_text(request.token)
         device = _holder(pool, "device", token.content_id)
@@ -71,10 +80,18 @@ def chosen(pool: Pool, request: SourceRequest) -> tuple[CatalogEntry, CatalogEnt
     device = _named(pool, request.name)
     if request.base is None:
         return device, None, 0
-    base = _named(pool, request.base)
+    base = pool.catalog.by_name(request.base)
+    if base is None or base.receiving is not None:
+        others = [known.name for known in related(device, _others(pool))]
+        raise BaseGone(request.base, str(pool.location), others[:BASES_NAMED_MAX])
     if base.content_id is None:
         raise BaseNotFrozen(base.name)
     return device, base, 0
+
+
+def _others(pool: Pool) -> list[CatalogEntry]:
+    """Devices that could be a base of something."""
+    return [entry for entry in pool.catalog.entries() if entry.receiving is None and not is_temporary(entry)]
 
 
 def _named(pool: Pool, name: str) -> CatalogEntry:
@@ -123,6 +140,9 @@ def hold(pool: Pool, request: SourceRequest) -> HeldDevices:
         start_bytes=start_bytes,
         held_ids=ids,
         copies=copies,
+        bases=[]
+        if base is None
+        else [known for known in related(device, _others(pool)) if known.name != base.name],
     )
 
 
@@ -155,6 +175,7 @@ def held_here(pool: Pool, request: SourceRequest) -> Iterator[tuple[SnapshotSour
             held.block_bytes,
             (held.device, held.base),
             lambda: None,
+            held.bases,
         )
         try:
             yield source, held.start_bytes

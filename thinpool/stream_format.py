@@ -45,6 +45,7 @@ class RecordKind(IntEnum):
     DATA = 2
     HOLE = 3
     END = 4
+    BASES = 0x8001
 
 
 OPTIONAL = 0x8000

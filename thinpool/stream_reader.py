@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from .common_bases import KnownBase, decode_bases
 from .errors import StreamDamaged, StreamUnsupported
 from .stream_format import (
     HEADER_BYTES,
@@ -73,6 +74,14 @@ class StreamReader:
             raise self._damaged(reason="its first record makes no sense") from None
         self._size_bytes, self._covered_bytes = begin.size_bytes, begin.start_bytes
         return begin
+
+    def bases(self) -> list[KnownBase]:
+        """The snapshots that the sender could have begun with; none where it does not tell. Instead of `records`."""
+        try:
+            record = self._record()
+            return decode_bases(record.payload) if record.header.kind == RecordKind.BASES else []
+        except (StreamDamaged, ValueError):
+            return []  # the stream is refused for another reason already; this was to be a hint
 
     def records(self) -> Iterator[Record]:
         """Yield the records between the first and the last one, and check the last one."""

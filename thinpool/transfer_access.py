@@ -17,6 +17,7 @@ from .errors import HoldLost, PoolBusy, ServerStopping, ServerUnreachable
 from .operations import as_leaf
 from .pool_access import BUSY_SECONDS, RETRY_SECONDS, STOPPING_SECONDS, open_here
 from .pool_location import PoolLocation
+from .receive_plan import examine
 from .receiving import Progress, ReceiveOptions, receive
 from .snapshot_source import SnapshotSource
 from .source_access import HeldDevices, SourceRequest, held_here
@@ -71,7 +72,11 @@ def _served_source(
             raise HoldLost(str(location))
 
     source = SnapshotSource(
-        (location.metadata_path, location.data_path), held.block_bytes, (held.device, held.base), still_held
+        (location.metadata_path, location.data_path),
+        held.block_bytes,
+        (held.device, held.base),
+        still_held,
+        held.bases,
     )
     try:
         yield source, held.start_bytes
@@ -82,14 +87,18 @@ def _served_source(
 def receive_into(
     location: PoolLocation, read: ReadPiece, options: ReceiveOptions, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Take in the stream that `read` gives, at most so many bytes at a time. Raises ThinPoolError."""
+    """Take in the stream that `read` gives, at most so many bytes at a time. Raises ThinPoolError.
+
+    With `dry_run` nothing is changed, and the pool is opened for reading only.
+    """
     location.require()
     # Nothing is read before the pool is found: what was read once cannot be read again.
-    pool = _settled(lambda: _open_or_server(location))
+    pool = _settled(lambda: _open_or_server(location, read_only=options.dry_run))
     if isinstance(pool, ControlClient):
         return _through_server(location, pool, read, options)
     try:
-        return receive(pool, _into(read), options, progress).to_json()
+        work = examine if options.dry_run else receive
+        return work(pool, _into(read), options, progress).to_json()
     except Exception as error:
         translated = as_leaf(error, str(location))
         if translated is error:
@@ -99,7 +108,7 @@ def receive_into(
         pool.close()
 
 
-def _open_or_server(location: PoolLocation) -> Pool | ControlClient:
+def _open_or_server(location: PoolLocation, *, read_only: bool) -> Pool | ControlClient:
     if location.control_path is not None:
         client = ControlClient(location.control_path)
         try:
@@ -110,13 +119,15 @@ def _open_or_server(location: PoolLocation) -> Pool | ControlClient:
             raise ServerStopping(str(location)) from error
         else:
             return client
-    return open_here(location)
+    return open_here(location, read_only=read_only)
 
 
 def _through_server(
     location: PoolLocation, client: ControlClient, read: ReadPiece, options: ReceiveOptions
 ) -> dict[str, Any]:
     given = {"resumable": "1" if options.resumable else "0", "writable": "0" if options.read_only else "1"}
+    if options.dry_run:
+        given["dry_run"] = "1"
     if options.name is not None:
         given["name"] = options.name
     try:

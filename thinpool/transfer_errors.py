@@ -30,11 +30,17 @@ class StreamUnsupported(ThinPoolError):
 
 @leaf(ExitCode.CONFLICT)
 class BaseMissing(ThinPoolError):
-    """An increment whose base is not in the pool. `found` is what the device of the base's name holds, "" for none."""
+    """An increment whose base is not in the pool. `found` is what the device of the base's name holds, "" for none.
+
+    `common_there` is the nearest snapshot that both sides have, by its name where the stream comes from, `common_here`
+    by its name here; "" where the sender knows of none.
+    """
 
     base: str
     content_id: str
     found: str
+    common_there: str = ""
+    common_here: str = ""
 
     def __str__(self) -> str:
         here = "there is none of that name here either"
@@ -44,7 +50,16 @@ class BaseMissing(ThinPoolError):
             here = f"{quoted(self.base)} here holds content {self.found}"
         return (
             f"the stream is an increment on {quoted(self.base)} with content {self.content_id}, which no device of "
-            f"this pool holds ({here}); send the increments between first, or a full stream; nothing was changed"
+            f"this pool holds ({here}); {self._advice()}; nothing was changed"
+        )
+
+    def _advice(self) -> str:
+        if not self.common_there:
+            return "send the increments between first, or a full stream"
+        named = "" if self.common_here == self.common_there else f" ({quoted(self.common_here)} here)"
+        return (
+            f"the nearest snapshot that both sides have is {quoted(self.common_there)}{named}: "
+            "send on top of that one, with -i"
         )
 
 
@@ -125,6 +140,36 @@ class BaseNotFrozen(ThinPoolError):
         return (
             f"{quoted(self.name)} may have changed since it was sent and cannot be a base; take a read-only snapshot "
             "before sending, and send that"
+        )
+
+
+@leaf(ExitCode.NOT_FOUND)
+class BaseGone(ThinPoolError):
+    """The base to send on top of is not in the pool. `others` are related snapshots that are, the nearest first."""
+
+    name: str
+    pool: str
+    others: list[str]
+
+    def __str__(self) -> str:
+        others = ", ".join(map(quoted, self.others))
+        there = f"related snapshots are {others}" if others else "no related snapshot is there either"
+        advice = "`send --common` finds one that the other side has" if others else "send a full stream"
+        return (
+            f"no device {quoted(self.name)} in pool {shown_path(self.pool)} to be the base; {there}; {advice}"
+        )
+
+
+@leaf(ExitCode.CONFLICT)
+class NothingInCommon(ThinPoolError):
+    """No snapshot that an increment could begin with is on both sides."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"no snapshot related to {quoted(self.name)} is in both pools; send a full stream, without --common; "
+            "nothing was sent"
         )
 
 

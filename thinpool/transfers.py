@@ -45,6 +45,11 @@ HIDDEN_SUFFIX = "/receiving"
 TEMPORARY_TAG = "temporary"
 
 
+def is_temporary(entry: CatalogEntry) -> bool:
+    """Whether a device is there only for as long as it is sent."""
+    return TEMPORARY_TAG in entry.tags
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A device that is about to arrive: its name here, its content, and the base it is an increment on.
@@ -78,22 +83,28 @@ class Transfers:
             return None
         return entry, ReceivingState.from_text(entry.receiving)
 
+    def fitting(self, wanted: Wanted) -> tuple[CatalogEntry | None, CatalogEntry | None]:
+        """The base an increment would begin with, and the device it would take the place of. Changes nothing.
+
+        Raises BadName, PartlyReceived, BaseMissing, DeviceExists, DeviceInUse, TargetDiverged.
+        """
+        check_name(wanted.name)
+        leftover = self.partial(wanted.name)
+        if leftover is not None and leftover[1].resumable:
+            raise PartlyReceived(wanted.name, leftover[1].token)
+        base = None if wanted.base_content_id is None else self._base(wanted)
+        return base, self._replaced(wanted)
+
     def begin(self, wanted: Wanted) -> CatalogEntry:
         """Make the hidden device, once everything was found to fit. Nothing is changed where it does not.
 
-        A partial device that was not meant to be resumed is dropped. Raises BadName, PartlyReceived, BaseMissing,
-        DeviceExists, DeviceInUse, TargetDiverged, PoolReadOnly, MetadataFull.
+        A partial device that was not meant to be resumed is dropped. Raises as `fitting`, PoolReadOnly, MetadataFull.
         """
         pool = self._pool
         with pool.engine.transaction:
             pool.engine.require_writable()
-            check_name(wanted.name)
-            leftover = self.partial(wanted.name)
-            if leftover is not None and leftover[1].resumable:
-                raise PartlyReceived(wanted.name, leftover[1].token)
-            base = None if wanted.base_content_id is None else self._base(wanted)
-            replaced = self._replaced(wanted)
-            if leftover is not None:
+            base, replaced = self.fitting(wanted)
+            if self.partial(wanted.name) is not None:
                 self.abort(wanted.name)
             state = ReceivingState(
                 target=wanted.name,
@@ -322,5 +333,5 @@ class Transfers:
     def drop_frozen_copies(self) -> None:
         """Delete the snapshots of sends that died. Called while nobody can be sending."""
         for entry in self._pool.catalog.entries():
-            if TEMPORARY_TAG in entry.tags:
+            if is_temporary(entry):
                 self._pool.delete(entry.name)

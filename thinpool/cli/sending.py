@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -30,9 +32,16 @@ F_SETPIPE_SZ = 1031  # linux/fcntl.h
     epilog="\b\nExamples:\n  thinpool send /srv/pool disk-monday > monday.stream\n"
     "  thinpool send /srv/pool disk-tuesday -i disk-monday | ssh host thinpool receive /srv/pool disk-tuesday\n"
     "  thinpool send /srv/pool disk-tuesday -i disk-monday -n\n"
+    "  ssh host thinpool list /srv/pool --json > there; thinpool send /srv/pool disk-tuesday --common there > stream\n"
     "  thinpool send /srv/pool --resume TOKEN | ssh host thinpool receive -s /srv/pool disk-tuesday",
 )
 @click.option("-i", "--base", metavar="SNAPSHOT", help="Send only what changed since this snapshot.")
+@click.option(
+    "--common",
+    type=click.File("r"),
+    metavar="FILE",
+    help="Send what changed since the nearest snapshot that is in FILE too: `thinpool list --json` of the other pool.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Send nothing; say how much it would be.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on standard error what was sent.")
 @click.option(
@@ -55,6 +64,7 @@ def send_command(
     *,
     name: str,
     base: str | None,
+    common: TextIO | None,
     dry_run: bool,
     verbose: bool,
     level: int,
@@ -77,6 +87,10 @@ def send_command(
         raise click.UsageError(message="--resume and --base exclude each other; the token knows the base")
     if not dry_run and sys.stdout.isatty():
         raise click.UsageError(message="a stream is not for a terminal; redirect it or pipe it")
+    if common is not None:
+        if base is not None or resume is not None:
+            raise click.UsageError(message="--common finds the base; it excludes --base and --resume")
+        base = _common_base(location, name, common)
     request = SourceRequest(token=resume) if resume is not None else SourceRequest(name, base)
     with open_source(location, request) as (source, start_bytes):
         if dry_run:
@@ -85,6 +99,33 @@ def send_command(
         sent = _send(source, start_bytes, level, rate_limit)
     if verbose:
         warn(_sent_sentence(source, sent))
+
+
+def _common_base(location: PoolLocation, name: str, common: TextIO) -> str:
+    """The nearest snapshot that both pools have. Raises NoSuchDevice, NothingInCommon, click.UsageError."""
+    from datetime import datetime
+
+    from thinpool.common_bases import nearest, related
+    from thinpool.errors import NoSuchDevice, NothingInCommon
+    from thinpool.pool_access import PoolAccess
+
+    def seconds_of(date: str) -> float:
+        return datetime.fromisoformat(date).timestamp()
+
+    try:
+        held = {device["content_id"] for device in json.load(common)["devices"]}
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{common.name} is no output of `thinpool list --json`: {error}"
+        raise click.UsageError(message=reason) from error
+    listed = PoolAccess(location).operate("list", {})["devices"]
+    devices = [SimpleNamespace(**{**found, "created": seconds_of(found["created"])}) for found in listed]
+    device = next((found for found in devices if found.name == name), None)
+    if device is None:
+        raise NoSuchDevice(name, str(location))
+    base = nearest(related(device, devices), held)
+    if base is None:
+        raise NothingInCommon(name)
+    return base.name
 
 
 def _send(source: SnapshotSource, start_bytes: int, level: int, rate_limit: int | None) -> Sent:
@@ -149,9 +190,13 @@ def _estimate(source: SnapshotSource, start_bytes: int, *, as_json: bool) -> Non
     "receive",
     epilog="\b\nExamples:\n  thinpool receive /srv/pool disk-monday < monday.stream\n"
     "  ssh host thinpool send /srv/pool disk-tuesday -i disk-monday | thinpool receive -s /srv/pool disk-tuesday\n"
+    "  thinpool receive -n /srv/pool disk-tuesday < tuesday.stream\n"
     "  thinpool receive --abort /srv/pool disk-tuesday",
 )
 @click.option("-s", "--resumable", is_flag=True, help="If interrupted, keep what arrived and print a token.")
+@click.option(
+    "-n", "--dry-run", is_flag=True, help="Check the whole stream, say what would be done, write nothing."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Say what was received, with the stream's SHA-256.")
 @click.option("--writable", is_flag=True, help="Let clients write to the device; it is read-only otherwise.")
 @click.option("--abort", is_flag=True, help="Drop what is partly received under NAME.")
@@ -162,6 +207,7 @@ def receive_command(
     *,
     name: str,
     resumable: bool,
+    dry_run: bool,
     verbose: bool,
     writable: bool,
     abort: bool,
@@ -184,9 +230,11 @@ def receive_command(
         return
     if sys.stdin.isatty():
         raise click.UsageError(message="a stream comes from a file or a pipe, not from a terminal")
-    result = _receive(location, name, resumable=resumable, read_only=not writable)
+    result = _receive(location, name, resumable=resumable, read_only=not writable, dry_run=dry_run)
     if as_json:
         emit_json(result)
+    elif dry_run:
+        click.echo(_plan_sentence(result))
     elif verbose:
         click.echo(
             f"received {quoted(name)}: {iec(result['data_bytes'])} of data and {iec(result['hole_bytes'])} of holes; "
@@ -194,18 +242,33 @@ def receive_command(
         )
 
 
-def _receive(location: PoolLocation, name: str, *, resumable: bool, read_only: bool) -> dict[str, Any]:
+def _plan_sentence(plan: dict[str, Any]) -> str:
+    what = "full stream" if plan["base"] is None else f"increment on {quoted(plan['base'])}"
+    if plan["start_bytes"]:
+        what = f"resumed after {iec(plan['start_bytes'])}"
+    verb = "bring forward" if plan["replaces"] else "receive"
+    return (
+        f"would {verb} {quoted(plan['name'])} of {iec(plan['size_bytes'])} ({what}): {iec(plan['data_bytes'])} of data "
+        f"and {iec(plan['hole_bytes'])} of holes, {iec(plan['free_bytes'])} free; the stream is whole, "
+        f"SHA-256 {plan['digest']}"
+    )
+
+
+def _receive(
+    location: PoolLocation, name: str, *, resumable: bool, read_only: bool, dry_run: bool
+) -> dict[str, Any]:
     from thinpool.receiving import ReceiveOptions
     from thinpool.transfer_access import receive_into
 
     descriptor = sys.stdin.fileno()
     _widen(descriptor)
-    options = ReceiveOptions(name, resumable=resumable, read_only=read_only)
-    with TransferProgress(f"receiving {name}", None) as progress:
+    options = ReceiveOptions(name, resumable=resumable, read_only=read_only, dry_run=dry_run)
+    doing = "checking" if dry_run else "receiving"
+    with TransferProgress(f"{doing} {name}", None) as progress:
         try:
             return receive_into(location, progress.counting(_reader(descriptor)), options)
         except BaseException:
-            if resumable:
+            if resumable and not dry_run:
                 _print_token(location, name)
             raise
 
