@@ -38,6 +38,7 @@ from .documents import opened_document, sealed_document
 from .keys import StoreKeys, create_store, open_store
 from .manifests import LENGTH, Description, Manifest, pack_of
 from .objects import Listed, Objects
+from .segments import PACK_ID_BYTES
 
 SNAPSHOTS, PENDING, HOLDS, PACKS, INDEX, CONDEMNED = (
     "snapshots/",
@@ -183,9 +184,9 @@ class Store:
         return {pack: listed for pack, listed in found if pack is not None}
 
     def condemned(self) -> dict[bytes, Listed]:
-        """Packs that are to be deleted."""
-        found = self.objects.list(CONDEMNED)
-        return {bytes.fromhex(listed.key.removeprefix(CONDEMNED)): listed for listed in found}
+        """Packs that are to be deleted. What is no mark of ours is left alone."""
+        found = ((_marked(listed.key), listed) for listed in self.objects.list(CONDEMNED))
+        return {pack: listed for pack, listed in found if pack is not None}
 
     def condemn(self, pack: bytes) -> None:
         """Say that nothing may come to depend on a pack any more."""
@@ -198,3 +199,12 @@ class Store:
         """
         condemned = self.condemned()
         return {pack: listed.size_bytes for pack, listed in self.packs().items() if pack not in condemned}
+
+
+def _marked(key: str) -> bytes | None:
+    """The pack that a mark condemns, None for a foreign object."""
+    try:
+        pack = bytes.fromhex(key.removeprefix(CONDEMNED))
+    except ValueError:
+        return None
+    return pack if len(pack) == PACK_ID_BYTES and CONDEMNED + pack.hex() == key else None
