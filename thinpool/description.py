@@ -18,6 +18,7 @@ from .usage_history import Forecast
 
 if TYPE_CHECKING:
     from .pool import Pool
+    from .space_usage import SpaceUse
 
 METADATA_BLOCK_BYTES = 4096
 
@@ -134,6 +135,22 @@ def describe_freeing(engine: Engine, entries: Sequence[CatalogEntry]) -> list[Re
                 )
             )
     return found
+
+
+def describe_space(pool: Pool) -> SpaceUse:
+    """What the used data is used for. Raises MetadataError, OSError."""
+    from .space_usage import describe_use
+
+    engine = pool.engine
+    entries = sorted(pool.catalog.entries(), key=lambda entry: entry.name)
+    with engine.looking_at_tree() as metadata:
+        return describe_use(
+            metadata,
+            entries,
+            engine.block_bytes,
+            reserved_bytes=engine.free.promised * engine.block_bytes,
+            metadata_used_bytes=metadata.metadata_blocks_allocated * METADATA_BLOCK_BYTES,
+        )
 
 
 def dm_lines(pool: Pool) -> list[str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .lazy_devices import PullRequest
     from .metadata_readers import MetadataReaders
     from .pool_settings import PoolSettings
+    from .space_usage import SpaceUse
     from .status import DeviceInfo, PoolStatus, ReclaimInfo
     from .transfers import Transfers
 
@@ -91,6 +92,9 @@ class OperatedPool(Protocol):
 
     def freeing(self) -> list[ReclaimInfo]:
         """What deleting the snapshots would give back."""
+
+    def space_use(self) -> SpaceUse:
+        """What the used data is used for."""
 
     def status(self) -> PoolStatus:
         """Describe the pool."""
@@ -205,6 +209,10 @@ def _reclaim(pool: OperatedPool, _: Parameters) -> Result:
     return {"snapshots": [info.to_json() for info in pool.freeing()]}
 
 
+def _explain(pool: OperatedPool, _: Parameters) -> Result:
+    return {"use": pool.space_use().to_json()}
+
+
 def _dm_status(pool: OperatedPool, _: Parameters) -> Result:
     return {"lines": pool.dm_status()}
 
@@ -268,6 +276,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "commit": Operation(_commit, {}),
     "status": Operation(_status, {}, looks_only=True),
     "reclaim": Operation(_reclaim, {}, looks_only=True),
+    "explain": Operation(_explain, {}, looks_only=True),
     "dm-status": Operation(_dm_status, {}, looks_only=True),
     "list": Operation(_list, {}, looks_only=True),
     "pull": Operation(

@@ -28,7 +28,14 @@ from .admission import require_promise, require_space
 from .catalog import Catalog, CatalogEntry, Drop, Put
 from .catalog_rows import device_id_of
 from .content_identity import new_identity
-from .description import METADATA_BLOCK_BYTES, describe_device, describe_freeing, describe_pool, dm_lines
+from .description import (
+    METADATA_BLOCK_BYTES,
+    describe_device,
+    describe_freeing,
+    describe_pool,
+    describe_space,
+    dm_lines,
+)
 from .device import ThinDevice
 from .device_diff import DiffPage, compare
 from .engine import Engine
@@ -56,6 +63,7 @@ from .status import DeviceInfo, PoolStatus, ReclaimInfo
 from .transfers import Transfers
 
 if TYPE_CHECKING:
+    from .space_usage import SpaceUse
     from .space_watch import SpaceWatch
 
 log = logging.getLogger("thinpool")
@@ -545,6 +553,13 @@ class Pool:
             if self.writable:
                 self.engine.collect()
             return describe_freeing(self.engine, self.catalog.entries())
+
+    def space_use(self) -> SpaceUse:
+        """What the used data is used for, to the block. Raises MetadataError, OSError."""
+        with self.engine.transaction:
+            if self.writable:
+                self.engine.collect()
+            return describe_space(self)
 
     # --- settings ---
 

@@ -64,24 +64,32 @@ def init_command(
 @click.command(
     "status",
     epilog="\b\nExamples:\n  thinpool status /srv/pool\n  thinpool status /srv/pool --json\n"
-    "  thinpool status /srv/pool --reclaim\n  thinpool status /srv/pool --dm",
+    "  thinpool status /srv/pool --reclaim\n  thinpool status /srv/pool --explain\n  thinpool status /srv/pool --dm",
 )
 @click.option("-b", "--bytes", "exact", is_flag=True, help="Print sizes in bytes.")
 @click.option("--reclaim", is_flag=True, help="Show what deleting snapshots would give back.")
+@click.option("--explain", is_flag=True, help="Show what the used space is used for, to the block.")
 @click.option("--dm", "as_dm", is_flag=True, help="Print the lines `dmsetup status` would print.")
 @json_option
 @pool_command()
-def status_command(location: PoolLocation, *, exact: bool, reclaim: bool, as_dm: bool, as_json: bool) -> None:
+def status_command(
+    location: PoolLocation, *, exact: bool, reclaim: bool, explain: bool, as_dm: bool, as_json: bool
+) -> None:
     """Show how full a pool is, how long it lasts at the present rate, its mode, and who serves it.
 
     The rate is that of the last ten minutes; a server measures it. With --reclaim: the snapshots, oldest first, with
-    what deleting each would free, alone and together with all above it. What several share is freed by the last.
+    what deleting each would free, alone and together with all above it. What several share is freed by the last. With
+    --explain: every device, what it shows (LIVE), what of that nobody else does (ALONE), and what only its
+    snapshots still hold (HELD); above them how all of it adds up to what is used. It counts every mapping.
     """
     from thinpool.pool_access import PoolAccess
 
     access = PoolAccess(location)
-    if reclaim and as_dm:
-        raise click.UsageError(message="--reclaim and --dm exclude each other")
+    if reclaim + explain + as_dm > 1:
+        raise click.UsageError(message="--reclaim, --explain and --dm exclude each other")
+    if explain:
+        _print_use(access.operate("explain", {})["use"], exact=exact, as_json=as_json)
+        return
     if reclaim:
         _print_reclaim(access.operate("reclaim", {}), exact=exact, as_json=as_json)
         return
@@ -101,6 +109,46 @@ def status_command(location: PoolLocation, *, exact: bool, reclaim: bool, as_dm:
         emit_json({**status, "server": server})
     else:
         _print_status(status, server, exact=exact)
+
+
+USE_COLUMNS = (
+    Column("DEVICE"),
+    Column("LIVE", figures=True),
+    Column("ALONE", figures=True),
+    Column("HELD", figures=True),
+    Column("BY"),
+)
+
+
+def _print_use(use: dict[str, Any], *, exact: bool, as_json: bool) -> None:
+    if as_json:
+        emit_json(use)
+        return
+    unreached = "a metadata snapshot is held" if use["metadata_snapshot_held"] else "leaks: `thinpool check`"
+
+    def size(key: str) -> str:
+        return size_text(use[key], exact=exact)
+
+    print_pairs(
+        [
+            ("data used", size("used_bytes")),
+            ("by one device each", size("alone_bytes")),
+            ("shared by several", size("shared_bytes")),
+            ("by no device", size("unreached_bytes") + (f" ({unreached})" if use["unreached_bytes"] else "")),
+            ("free, but set aside", size("reserved_bytes")),
+            ("metadata used", size("metadata_used_bytes")),
+        ]
+    )
+    click.echo()
+    rows = [
+        (
+            device["name"],
+            *(size_text(device[key], exact=exact) for key in ("live_bytes", "alone_bytes", "held_bytes")),
+            ", ".join(device["held_by"]) or "-",
+        )
+        for device in use["devices"]
+    ]
+    print_table(USE_COLUMNS, rows)
 
 
 RECLAIM_COLUMNS = (
