@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 
 from .commit_clues import CommitClues, FoundMap, FoundTree
-from .layout import DEVICE_ID_LIMIT, BoolArray, U32Array
+from .layout import DEVICE_ID_LIMIT, SUPERBLOCK_LOCATION, BoolArray, U32Array
 from .root_names import RootNames, roots_counted
 from .superblock import SpaceMapRoot, Superblock
 from .tree_summary import DeviceTrees
@@ -119,7 +119,7 @@ class Candidates:
                 self._name_roots(state)
             self._read(state)
         self.every = list(self.states)
-        self._leave_out_lone_lists()
+        self._leave_out_the_doubtful()
 
     def _add(self, state: CommitCandidate) -> None:
         """Unless another state has the same lists and more beside them."""
@@ -217,14 +217,21 @@ class Candidates:
             if not self._sizes_agree(state):
                 state.records = None
 
-    def _leave_out_lone_lists(self) -> None:
-        """A list that neither records nor a space map confirm counts where there is nothing better."""
-        confirmed = [
+    def _leave_out_the_doubtful(self) -> None:
+        """A whole state's list of roots is not another's as well; a list alone counts where there is nothing better."""
+        whole = [state for state in self.states if state.whole]
+        own = {state.place[0] for state in whole}
+        kept = [
             state
             for state in self.states
+            if state.whole or state.superblock is not None or state.place[0] not in own
+        ]
+        confirmed = [
+            state
+            for state in kept
             if state.roots is not None and (state.records is not None or state.counts is not None)
         ]
-        self.states = confirmed or self.states
+        self.states = confirmed or kept
 
     def _whole_trees(self, state: CommitCandidate) -> int:
         return sum(not self.trees.of(root).lost for root in state.devices().values())
@@ -243,7 +250,26 @@ class Candidates:
             state.time = max(state.time, summary.time)
             broken |= summary.broken
             state.right += not summary.lost and (record is None or record[0] == summary.entries)
-        state.broken = frozenset(broken)
+        state.broken = frozenset(broken | self._strays(state))
+
+    def _strays(self, state: CommitCandidate) -> set[int]:
+        """Blocks that the space map counts and that hold what can be no part of this state: overwritten since."""
+        counts, clues = state.counts, self.clues
+        if counts is None:
+            return set()
+        held, counted = clues.held_lists(counts), set(np.flatnonzero(counts).tolist())
+        trees = [tree for tree in (*clues.lists, *clues.records) if tree.root not in held]
+        found = {tree.root for tree in trees} | set(clues.indexes)
+        found = found & counted - {*state.place, SUPERBLOCK_LOCATION}
+        if len(counted - clues.intact) > state.place.count(_NOWHERE):
+            return found  # nodes that no tree leads to may have been led to by what cannot be read
+        roots = [*state.devices().values()]
+        roots += [root for tree in clues.lists if tree.root in held for root in tree.values.tolist()]
+        listed = clues.list_blocks
+        reached = {block for root in roots for block in self.trees.of(root).reached}
+        return found | {
+            block for block in clues.nodes & counted if block not in listed and block not in reached
+        }
 
     def _not_what_the_superblock_says(self, state: CommitCandidate) -> set[int]:
         """Roots that a superblock names and that hold something else."""

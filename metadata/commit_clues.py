@@ -37,6 +37,8 @@ from .superblock import SpaceMapRoot, Superblock
 from .walk import salvage
 
 _LEAVES_AT_ONCE = 512
+# A pool that hands out metadata ever onwards keeps traces of thousands of commits.
+_STATES_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +66,14 @@ class CommitClues:
         store: the store, with blocks that were written to wrong places where they belong.
         moved: which blocks those are.
         superblocks: copies of superblocks, wherever they are.
+        intact: blocks of any kind that are what they were when they were written.
         indexes: intact indexes of metadata space maps.
     """
 
     def __init__(self, source: BlockStore) -> None:
         self.superblocks: list[Superblock] = []
         self.indexes: list[int] = []
-        intact: set[int] = set()
+        self.intact: set[int] = {SUPERBLOCK_LOCATION}
         astray: dict[int, set[int]] = {}
         for location in range(source.size_blocks()):
             try:
@@ -84,14 +87,14 @@ class CommitClues:
                 self._take_superblock(raw, location)
             home = recorded_location(raw)
             if home == location:
-                intact.add(location)
+                self.intact.add(location)
                 if kind is BlockKind.INDEX:
                     self.indexes.append(location)
             elif home != SUPERBLOCK_LOCATION:
                 astray.setdefault(home, set()).add(location)
         self.store = source
         self.moved = frozenset(
-            home for home, found in astray.items() if home not in intact and len(found) == 1
+            home for home, found in astray.items() if home not in self.intact and len(found) == 1
         )
         self._bring_home(source, astray)
 
@@ -125,25 +128,42 @@ class CommitClues:
         """Blocks of nodes that may be of a device's tree."""
         return frozenset(self.mappings.leaves) | frozenset(self.mappings.inner)
 
+    def held_copy(self, counts: U32Array) -> int:
+        """Where the superblock copy of a metadata snapshot is, by the space map of one commit; 0 without one."""
+        return next((each.location for each in self._held(counts)), 0)
+
     def held_lists(self, counts: U32Array) -> frozenset[int]:
         """Roots of lists that only a metadata snapshot keeps in use, by the space map of one commit."""
-        held = [
-            each
-            for each in self.superblocks
-            if not each.metadata_space.bitmap_root and each.location < len(counts) and counts[each.location]
-        ]
-        roots = {root for each in held for root in (each.mapping_root, each.details_root)}
+        roots = {root for each in self._held(counts) for root in (each.mapping_root, each.details_root)}
         return frozenset(root for root in roots if root < len(counts) and counts[root] == 1)
 
+    def _held(self, counts: U32Array) -> list[Superblock]:
+        """Copies without space maps, which is what a metadata snapshot's is, that are in use."""
+        copies = [each for each in self.superblocks if not each.metadata_space.bitmap_root and each.location]
+        return [each for each in copies if each.location < len(counts) and counts[each.location]]
+
     @cached_property
-    def lists(self) -> list[FoundTree]:
-        """Trees of device roots."""
+    def _all_lists(self) -> list[FoundTree]:
         return self._trees(self.mappings, 8)
 
     @cached_property
+    def list_blocks(self) -> frozenset[int]:
+        """Every block of every list of roots."""
+        return frozenset(block for tree in self._all_lists for block in tree.blocks)
+
+    @cached_property
+    def lists(self) -> list[FoundTree]:
+        """Trees of device roots; of very many those that belong to `maps`."""
+        if len(self._all_lists) <= _STATES_MAX:
+            return self._all_lists
+        counted = [any(found.counts[tree.root] for found in self.maps) for tree in self._all_lists]
+        return [tree for tree, kept in zip(self._all_lists, counted, strict=True) if kept][:_STATES_MAX]
+
+    @cached_property
     def records(self) -> list[FoundTree]:
-        """Trees of device records."""
-        return self._trees(scan_nodes(self.store, 24), 24)
+        """Trees of device records; of very many those with the latest times and the most mappings."""
+        found = self._trees(scan_nodes(self.store, 24), 24)
+        return sorted(found, key=_age, reverse=True)[:_STATES_MAX]
 
     def _trees(self, scan: NodeScan, value_bytes: int) -> list[FoundTree]:
         """Single leaves, and inner nodes that have nothing but such leaves below them."""
@@ -171,9 +191,17 @@ class CommitClues:
 
     @cached_property
     def maps(self) -> list[FoundMap]:
-        """Metadata space maps that can be read as a whole."""
-        found = [self._map(location) for location in self.indexes]
-        return [each for each in found if each is not None]
+        """Metadata space maps that can be read as a whole; of very many those that belong to `records`."""
+        many = len(self.indexes) > _STATES_MAX
+        kept: list[FoundMap] = []
+        for location in self.indexes:
+            found = self._map(location)
+            if found is None or (many and not any(found.counts[tree.root] for tree in self.records)):
+                continue
+            kept.append(found)
+            if len(kept) == _STATES_MAX:
+                break
+        return kept
 
     def _map(self, location: int) -> FoundMap | None:
         size = self.store.size_blocks()
@@ -208,3 +236,9 @@ class CommitClues:
         """What may be the root of a tree of counts."""
         counts = scan_nodes(self.store, 4)
         return [*counts.small, *counts.inner]
+
+
+def _age(records: FoundTree) -> tuple[int, int, int]:
+    table = records.values
+    times = int(table["snapshotted_time"].max(initial=0)), int(table["transaction_id"].max(initial=0))
+    return *times, int(table["mapped_blocks"].sum())

@@ -28,6 +28,7 @@ class LastCommit:
         base: a superblock to take sizes from: the state's own, otherwise that of a metadata snapshot.
         whole: other states that are whole, the latest first.
         proven: the format itself says that none of those is later.
+        held: where the copy of the superblock is that a metadata snapshot keeps, 0 where there is none.
     """
 
     store: BlockStore
@@ -35,6 +36,7 @@ class LastCommit:
     base: Superblock | None
     whole: tuple[CommitCandidate, ...] = ()
     proven: bool = False
+    held: int = 0
 
 
 def find_last_commit(source: BlockStore) -> LastCommit:
@@ -49,7 +51,8 @@ def find_last_commit(source: BlockStore) -> LastCommit:
     copies = ([] if state.superblock is None else [state.superblock]) + clues.superblocks
     whole = tuple(other for other in others if other.whole)
     proven = all(order.proven(state, other) for other in whole)
-    return LastCommit(clues.store, state, copies[0] if copies else None, whole, proven)
+    held = 0 if state.counts is None else clues.held_copy(state.counts)
+    return LastCommit(clues.store, state, copies[0] if copies else None, whole, proven, held)
 
 
 def doubt_superblock(source: BlockStore, superblock: Superblock) -> LastCommit | None:
@@ -74,7 +77,7 @@ def doubt_superblock(source: BlockStore, superblock: Superblock) -> LastCommit |
     if others and (proof or not (own.devices() or own.records)):
         whole = tuple(state for state in others[1:] if state.whole)
         proven = all(order.proven(others[0], each) for each in whole)
-        return LastCommit(clues.store, others[0], superblock, whole, proven)
+        return LastCommit(clues.store, others[0], others[0].superblock or superblock, whole, proven)
     roots_hold = all_roots and own.roots is not None and not own.named
     records_hold = (
         all_records and own.records is not None and own.devices().keys() <= set(own.records.keys.tolist())
@@ -101,7 +104,7 @@ def superblock_of(found: LastCommit, data_block_sectors: int) -> Superblock:
         location=SUPERBLOCK_LOCATION,
         time=max(base.time, 0 if state is None else state.time),
         transaction_id=max(base.transaction_id, 0 if state is None else state.transaction_id),
-        held_root=base.held_root if own else 0,
+        held_root=base.held_root if own else found.held,
         data_space=base.data_space if own else nothing,
         metadata_space=space,
         mapping_root=mapping_root,

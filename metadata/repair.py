@@ -188,7 +188,7 @@ class _Repair:
             self._remarks.append("the superblock is older than what a later commit wrote; that one is used")
         self._go_by(found)
         made = superblock_of(found, superblock.data_block_sectors)
-        return replace(made, data_space=superblock.data_space)
+        return made if made.data_space.blocks else replace(made, data_space=superblock.data_space)
 
     def _go_by(self, found: LastCommit) -> None:
         self._source, self._found = found.store, found

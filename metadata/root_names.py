@@ -37,14 +37,23 @@ class RootNames:
         found: dict[int, int] = {}
         sizes = _sizes(records)
         for numbers in (self._numbers(records), self._numbers(None)):
-            self._by_other_lists(numbers - found.keys(), free, found)
+            self._by_other_lists(numbers - found.keys(), free, found, sizes)
             self._by_size(numbers - found.keys(), free, found, sizes)
         return found
 
-    def _by_other_lists(self, open_ones: set[int], free: Counter[int], found: dict[int, int]) -> None:
-        """The same root as in another list, or the one with most nodes in common."""
-        same = [pair for hint in self._hints for pair in _pairs(hint)]
-        for device, root in (*same, *self._by_common_nodes(open_ones, free)):
+    def _by_other_lists(
+        self, open_ones: set[int], free: Counter[int], found: dict[int, int], sizes: dict[int, int]
+    ) -> None:
+        """The same root as in another list, or the one with most nodes in common.
+
+        A root that more devices had than have it now is kept by those whose size it has, and then by the youngest:
+        what is written to after a snapshot is the origin as a rule.
+        """
+        same = [(device, root) for hint in self._hints for device, root in reversed(_pairs(hint))]
+        fitting = [
+            (device, root) for device, root in same if sizes.get(device) == self._trees.of(root).entries
+        ]
+        for device, root in (*fitting, *same, *self._by_common_nodes(open_ones, free)):
             if device in open_ones and device not in found and free[root] > 0:
                 free[root] -= 1
                 found[device] = root
@@ -92,7 +101,7 @@ class RootNames:
 def roots_counted(clues: CommitClues, counts: U32Array) -> Counter[int]:
     """Topmost nodes of mappings, by a space map, and how many devices each is the root of."""
     scan = clues.mappings
-    listed = {location for tree in clues.lists for location in tree.blocks}
+    listed = clues.list_blocks
     named: Counter[int] = Counter()
     for location, node in scan.inner.items():
         if counts[location] and location not in listed:

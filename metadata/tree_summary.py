@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .layout import TIME_LIMIT
+from .layout import TIME_BITS, TIME_LIMIT
 from .store import BlockStore
 from .tree_salvage import TreeSalvage
 
@@ -24,6 +24,7 @@ class TreeSummary:
         reached: its intact blocks.
         entries: its mappings, as far as they can be read.
         time: the latest time in them.
+        highest: the highest data block that they name.
         lost: half-open ranges of keys that cannot be read.
         broken: blocks that should be part of it and hold something else.
     """
@@ -31,6 +32,7 @@ class TreeSummary:
     reached: frozenset[int]
     entries: int
     time: int
+    highest: int
     lost: tuple[tuple[int, int], ...]
     broken: frozenset[int]
 
@@ -46,11 +48,14 @@ class DeviceTrees:
         """The tree at a root. Never raises for what blocks hold."""
         if root not in self._known:
             tree = TreeSalvage(self._store, root)
-            entries = time = 0
+            entries = time = highest = 0
             for keys, values in tree.mappings():
                 entries += len(keys)
                 time = max(time, int((values & _TIME_MASK).max(initial=0)))
+                highest = max(highest, int(values.max(initial=0)) >> TIME_BITS)
             broken = tree.misfits | {node.location for node in tree.damaged}
             reached = frozenset(tree.reached.keys() - tree.misfits)
-            self._known[root] = TreeSummary(reached, entries, time, tuple(tree.lost), frozenset(broken))
+            self._known[root] = TreeSummary(
+                reached, entries, time, highest, tuple(tree.lost), frozenset(broken)
+            )
         return self._known[root]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from .damages import damage
+from .histories import choices
 from .judgement import Verdict, judge
 from .specimen import specimen
 from .table import document
@@ -26,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--cases", type=int, default=1000, help="how many seeds (default 1000)")
     made.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default 0)")
+    made.add_argument(
+        "--histories", type=int, default=100, help="how many pools lose their superblock (default 100)"
+    )
     made.add_argument("--workers", type=int, default=2)
     made.add_argument("--no-debian", action="store_true", help="leave thin_check and thin_repair out")
     made.add_argument("--output", type=Path, help="write the table here, as Markdown")
@@ -58,8 +62,9 @@ def main() -> int:
     seeds = range(options.first, options.first + options.cases)
     with ProcessPoolExecutor(options.workers) as workers:
         verdicts = list(workers.map(partial(case, debian=debian), seeds, chunksize=CHUNK))
-    command = f"tools/damage --first {options.first} --cases {options.cases}"
-    text = document(verdicts, command)
+        found = [each for some in workers.map(choices, range(options.histories)) for each in some]
+    command = f"tools/damage --first {options.first} --cases {options.cases} --histories {options.histories}"
+    text = document(verdicts, found, command)
     if options.output is not None:
         options.output.write_text(text)
     print(text)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from benchmark.report import table
 
 from .damages import KINDS
+from .histories import Choice
 from .judgement import Verdict
 
 Chosen = Callable[[Verdict], bool]
 
 
-def document(verdicts: Sequence[Verdict], command: str) -> str:
+def document(verdicts: Sequence[Verdict], found: Sequence[Choice], command: str) -> str:
     """The page: the promise, by kind of damage, what fell short with its seeds."""
     changed = [each for each in verdicts if each.meaning == "changed"]
     consistent = [each for each in verdicts if each.meaning == "consistent"]
@@ -35,6 +36,14 @@ def document(verdicts: Sequence[Verdict], command: str) -> str:
         "## Undamaged devices that did not come back under their number",
         "",
         *_short(verdicts),
+        "",
+        "## The last commit without a superblock",
+        "",
+        "Pools of random histories, the superblock zeroed after each commit: devices that come back as they were at",
+        "the last commit, where storage holds most of the one before as well. *Proven*: repair says that the format",
+        "itself tells which is the last. *Upwards*: data is handed out as engine and kernel do, otherwise at random.",
+        "",
+        *_choices(found),
     ]
     return "\n".join(lines) + "\n"
 
@@ -101,6 +110,25 @@ def _by_kind(verdicts: Sequence[Verdict]) -> list[str]:
     )
 
 
+def _choices(found: Sequence[Choice]) -> list[str]:
+    rows = []
+    for snapshots in (True, False):
+        for upwards in (True, False):
+            mine = [each for each in found if (each.snapshots, each.upwards) == (snapshots, upwards)]
+            proven = [each for each in mine if each.proven]
+            rows.append(
+                [
+                    ("snapshots" if snapshots else "none") + (", upwards" if upwards else ", random"),
+                    str(len(mine)),
+                    f"{sum(each.returned for each in mine)} of {sum(each.devices for each in mine)}",
+                    f"{sum(each.returned == each.devices for each in mine)}",
+                    f"{sum(each.returned == each.devices for each in proven)} of {len(proven)}",
+                ]
+            )
+    heads = ["snapshots, data", "commits", "devices returned", "commits returned whole", "of those proven"]
+    return table(heads, rows)
+
+
 def _short(verdicts: Sequence[Verdict]) -> list[str]:
     short = [each for each in verdicts if each.returned != each.undamaged]
     without = [each for each in short if each.superblock_hit]
@@ -108,12 +136,11 @@ def _short(verdicts: Sequence[Verdict]) -> list[str]:
     others = [each for each in short if not each.superblock_hit and not each.lists_hit]
     cut = [each for each in others if "truncated file" in each.kinds]
     rest = [each for each in others if "truncated file" not in each.kinds]
+    if not short:
+        return ["None: every one came back."]
     rows: list[tuple[str, list[Verdict]]] = [
-        (
-            "the superblock was damaged: freed blocks hold the commit before, and nothing says which is newer",
-            without,
-        ),
-        ("both lists of devices were damaged: numbers come from freed blocks", both),
+        ("the superblock was damaged, and another commit was taken for the last", without),
+        ("both lists of devices were damaged, and other commits did not tell which root is whose", both),
         ("the list of roots was damaged, and the space maps cut off", cut),
         ("other", rest),
     ]
