@@ -17,6 +17,7 @@ from tests.fakes.disk_history import Contents
 from tests.fakes.reproducible import stamp
 from tests.fakes.simulated_objects import URL, SimulatedObjects
 from tests.fakes.store_source import FakeDevice, FakeSnapshot
+from thinpool.common_bases import KnownBase
 from thinpool.sending import Sender, SendOptions
 from thinpool.snapshot_source import Piece, SourceDevice
 from thinpool.store.keys import create_store
@@ -128,6 +129,7 @@ class _DaySource:
         self._base = None if base is None else base.snapshot
         self.device = day.as_source()
         self.base = None if base is None else base.as_source()
+        self.bases: tuple[KnownBase, ...] = ()
 
     def still_held(self) -> None:
         pass
