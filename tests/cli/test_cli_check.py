@@ -437,6 +437,38 @@ def test_repair_says_what_each_device_lost(pool: Path, tmp_path: Path):
     assert not report["lossless"]
 
 
+def test_a_plan_says_what_the_repair_will_do_and_writes_nothing(pool: Path, tmp_path: Path):
+    """Field case B133: faults and remedy by structure, the losses by device, then the same from the repair."""
+
+    def damage(image: Image) -> None:
+        break_leaf(image)
+        image.put(image.superblock.data_space.bitmap_root, bytes(4096))
+
+    spoil(pool / "metadata", damage)
+    before = {path.name: path.read_bytes() for path in pool.iterdir() if path.name != "data"}
+    plan = json.loads(thinpool("repair", "--plan", pool, "--json", code=6).stdout)
+    said = thinpool("repair", "--plan", pool, code=6).stdout
+    assert {path.name: path.read_bytes() for path in pool.iterdir() if path.name != "data"} == before
+    assert list(tmp_path.iterdir()) == [pool]
+    changes = {change["structure"]: change for change in plan["changes"]}
+    assert changes["mappings"]["errors"] >= 1
+    assert changes["data space map index"]["remedy"] == "counted anew"
+    assert "mappings: 1 error; copied where they can be read" in said
+    assert "'disk' (device 1) has lost blocks" in said
+    assert "nothing was written; 1 of 3 devices complete" in said
+    done = json.loads(thinpool("repair", pool, tmp_path / "new", "--json", code=6).stdout)
+    assert {key: plan[key] for key in done} == done, "the repair did what the plan said"
+
+
+def test_a_plan_for_a_sound_pool_changes_nothing(pool: Path, tmp_path: Path):
+    said = thinpool("repair", "--plan", pool).stdout
+    assert "error" not in said
+    assert "3 of 3 devices complete" in said
+    thinpool("repair", "--plan", pool, tmp_path / "new", code=2)
+    thinpool("repair", pool, code=2)
+    assert "20 KiB needed" in thinpool("repair", "--plan", pool, "--metadata-size", "16K", code=5).stderr
+
+
 def test_repair_without_a_superblock(pool: Path, tmp_path: Path):
     text = thinpool("dump", pool).stdout
     spoil(pool / "metadata", lambda image: image.put(0, bytes(4096)))
