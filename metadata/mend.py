@@ -50,13 +50,14 @@ _MAP_FAULTS = frozenset(
         Fault.MORE,
     }
 )
-_RECORD_FAULTS = (Fault.MAPPED_BLOCKS, Fault.RECORD_TIME)
+_RECORD_FAULTS = (Fault.MAPPED_BLOCKS, Fault.RECORD_TIME, Fault.SHARED_AS_OWN)
 
 
 def mendable(problems: Sequence[Problem]) -> bool:
     """Whether `mend` can set all of this right: trees of devices and records are whole."""
     return all(
         problem.severity < Severity.ERROR
+        or problem.fault in _RECORD_FAULTS
         or (problem.fault in _MAP_FAULTS and problem.place.structure.startswith(_MAP_STRUCTURES))
         for problem in problems
     )
@@ -142,6 +143,12 @@ def _correct_records(store: BlockStore, problems: Sequence[Problem]) -> None:
         if problem.fault is Fault.MAPPED_BLOCKS:
             assert problem.expected is not None
             record = replace(record, mapped_blocks=problem.expected)
+        elif problem.fault is Fault.SHARED_AS_OWN:
+            assert problem.expected is not None
+            # As after a snapshot: the pool's clock is never behind a record.
+            time = min(problem.expected, TIME_LIMIT - 1)
+            record = replace(record, snapshotted_time=max(record.snapshotted_time, time))
+            pool.state.superblock = replace(pool.superblock, time=max(pool.time, time))
         else:
             # The pool's time is safe: a mapping older than this counts as shared, which costs a copy at most.
             time = min(pool.time, TIME_LIMIT - 1)

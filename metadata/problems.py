@@ -47,6 +47,7 @@ class Fault(Enum):
     NO_TREE = "a device has a record but no mappings tree"
     MAPPED_BLOCKS = "the number of mapped blocks in a device's record is wrong"
     RECORD_TIME = "a device's record has impossible times"
+    SHARED_AS_OWN = "mappings are shared, but not older than the device's last snapshot"
     NO_BITMAP = "a bitmap is missing"
     EXTRA_BITMAP = "there is a bitmap for blocks that do not exist"
     TAIL = "blocks past the end count as used"

@@ -11,6 +11,7 @@ data counts, mapped blocks, free counts, data ranges, and trees against records;
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -40,6 +41,7 @@ from .layout import (
 from .node_batch import Leaves, fault_text
 from .pool_metadata import PoolMetadata
 from .problems import Affected, Fault, Place, Problem, Severity
+from .sharing_times import SharingTimes
 from .space_audit import SpaceAudit, SpaceMap
 from .store import BlockStore
 from .superblock import SpaceMapRoot, Superblock, read_superblock
@@ -223,10 +225,15 @@ class Recount:
             Place("mappings", self._device_paths.get(root, ()), device=device, held=held)
             for device, root in zip(ids.tolist(), roots.tolist(), strict=True)
         ]
-        time = superblock.time
+        sharing = SharingTimes(
+            0 if held else self._data.blocks,
+            dict(zip(record_ids.tolist(), records["snapshotted_time"].tolist(), strict=True)),
+        )
 
         def on_mappings(leaves: Leaves, place_of: PlaceOf) -> None:
-            self._on_mappings(leaves, place_of, time)
+            self._on_mappings(leaves, place_of, superblock.time)
+            if not held:
+                sharing.note(leaves, place_of)
 
         if self._extent is not Extent.NO_MAPPINGS:
             survey.trees(Owner.MAPPINGS, roots, places, on_mappings)
@@ -236,6 +243,8 @@ class Recount:
         if roots_complete:
             self._without(record_ids, ids, Fault.NO_TREE, held)
         root_of = dict(zip(ids.tolist(), roots.tolist(), strict=True))
+        if self._extent is Extent.WHOLE and not held:
+            self._check_sharing(sharing, root_of)
         for device, record in zip(record_ids.tolist(), records, strict=True):
             self._check_record(device, record, root_of.get(device), trees)
 
@@ -247,6 +256,21 @@ class Recount:
             for root in leaves.values[begin:end].tolist():
                 self._device_paths.setdefault(root, path)
             begin = end
+
+    def _check_sharing(self, sharing: SharingTimes, root_of: Mapping[int, int]) -> None:
+        """The references are those of the live trees as yet: the metadata snapshot's come later, and do not count."""
+        for found in sharing.judge(self._survey, root_of, self._data.chunk, bitmaps_for(self._data.blocks)):
+            place = Place("mappings", found.path, found.begin, found.end, found.device)
+            detail = f"the youngest has time {found.time}, that snapshot {found.since}: a write would not copy them"
+            problem = Problem(
+                Severity.ERROR,
+                Fault.SHARED_AS_OWN,
+                place,
+                detail,
+                expected=found.time + 1,
+                found=found.since,
+            )
+            self._survey.report(problem)
 
     def _on_mappings(self, leaves: Leaves, place_of: PlaceOf, time: int) -> None:
         blocks = leaves.values >> _TIME_BITS

@@ -23,7 +23,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import KEY_LIMIT, TREE_DEPTH_MAX, U8Array, U32Array, U64Array
+from .layout import KEY_LIMIT, TIME_LIMIT, TREE_DEPTH_MAX, U8Array, U32Array, U64Array
 from .node import CAPACITY, Node
 from .node_batch import Leaves, ReadFault, fault_text, read_nodes
 from .problems import Affected, Fault, Place, Problem, Severity
@@ -53,6 +53,9 @@ VALUE_BYTES = {
     Owner.DATA_OVERFLOW: 4,
     Owner.METADATA_OVERFLOW: 4,
 }
+
+
+_TIME_MASK = np.uint64(TIME_LIMIT - 1)
 
 
 class _State(IntEnum):
@@ -105,6 +108,7 @@ class Survey:
         self._last = np.zeros(size, np.uint64)
         self._entries = np.zeros(size, np.uint64)
         self._height = np.zeros(size, np.uint8)
+        self._latest: U32Array = np.zeros(size, np.uint32)
         self._underfull = np.zeros(size, np.bool_)
         self._problems: list[Problem] = []
         self._affected: dict[int, list[Affected]] = {}
@@ -151,6 +155,16 @@ class Survey:
         if location >= self.size_blocks or self._state[location] != _State.SOUND or location in self._holes:
             return None
         return int(self._entries[location])
+
+    def latest(self, location: int) -> int | None:
+        """The youngest time of the mappings below a node, None where there are none or the node was not sound."""
+        if location >= self.size_blocks or self._state[location] != _State.SOUND:
+            return None
+        return int(self._latest[location]) if self._entries[location] else None
+
+    def is_leaf(self, location: int) -> bool:
+        """Whether a sound node is a leaf."""
+        return bool(self._height[location] == 1)
 
     # Single blocks
 
@@ -278,6 +292,9 @@ class Survey:
         self._first[places[filled]] = leaves.keys[(ends - leaves.counts)[filled]]
         self._last[places[filled]] = leaves.keys[ends[filled] - 1]
         self._entries[places] = leaves.counts
+        if siblings.owner == Owner.MAPPINGS and len(filled):
+            begins = (ends - leaves.counts)[filled]
+            self._latest[places[filled]] = np.maximum.reduceat(leaves.values & _TIME_MASK, begins)
         self._underfull[places] = leaves.counts < minimum
         self._height[places] = 1
         self._state[places] = _State.SOUND
@@ -312,6 +329,7 @@ class Survey:
         self._last[location] = node.keys[-1]
         if len(children):
             self._entries[location] = self._entries[children].sum()
+            self._latest[location] = self._latest[children].max()
             self._last[location] = max(int(node.keys[-1]), int(self._last[children].max()))
             height = int(self._height[children].max())
             self._height[location] = height + 1 if height else 0

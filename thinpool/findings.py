@@ -28,6 +28,7 @@ ADVICE: Mapping[Fault, str] = {
     Fault.UNVERIFIED: UNREAD,
     Fault.DATA_SHORT: "what lay beyond the end is lost: bring the file back from a copy, or lengthen it with "
     "`truncate`, and the lost blocks read zeros",
+    Fault.SHARED_AS_OWN: "`thinpool check --auto-repair` sets the time; until then the kernel may overwrite snapshots",
 }
 HINT_OR_LEAK_ADVICE = AUTO_REPAIR
 COUNT_FAULTS = (Fault.COUNT_LOW, Fault.NO_OVERFLOW)

@@ -26,10 +26,10 @@ def run(begin: int, data: int, length: int, time: int = 0) -> str:
     )
 
 
-def device(number: int, mapped: int, runs: list[str]) -> str:
+def device(number: int, mapped: int, runs: list[str], *, snapshotted: int = 1) -> str:
     head = (
         f'  <device dev_id="{number}" mapped_blocks="{mapped}" transaction="{number % 3}" '
-        f'creation_time="0" snap_time="{number % 2}">\n'
+        f'creation_time="0" snap_time="{snapshotted}">\n'
     )
     return head + "".join(runs) + "  </device>\n"
 
@@ -75,7 +75,8 @@ def two_devices() -> bytes:
     metadata.insert(1, keys, keys << np.uint64(24))
     metadata.create_snapshot(2, 1)
     changed = np.array([500, 501, 40_000], np.uint64)
-    metadata.insert(2, changed, (changed + np.uint64(50_000)) << np.uint64(24) | np.uint64(1))
+    blocks = np.array([80_500, 80_501, 90_000], np.uint64)
+    metadata.insert(2, changed, blocks << np.uint64(24) | np.uint64(1))
     metadata.commit()
     return bytes(store.image)
 

@@ -67,7 +67,7 @@ def test_runs_go_on_over_leaves_and_shared_leaves():
     assert lines[first + 1] == "  </device>\n"
     assert lines[first + 3 :] == [
         run(0, 0, 500),
-        run(500, 50_500, 2, 1),
+        run(500, 80_500, 2, 1),
         run(502, 502, 39_498),
         run(40_000, 90_000, 1, 1),
         run(40_001, 40_001, 29_999),

@@ -357,10 +357,15 @@ MAPPINGS = st.dictionaries(
 def test_any_devices(devices: dict[int, dict[int, tuple[int, int]]]):
     text = pool(
         [
-            device(number, len(mappings), [run(key, data, 1, time) for key, (data, time) in mappings.items()])
+            device(
+                number,
+                len(mappings),
+                [run(key, data, 1, time) for key, (data, time) in mappings.items()],
+                snapshotted=3,  # any of them may be shared
+            )
             for number, mappings in devices.items()
         ],
-        time=2,
+        time=3,
         blocks=301,
     )
     store, _ = restored(text, 300)
