@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,22 @@ from tests.conformance.running_pool import (
 )
 from tests.conformance.test_filesystems import assert_same_trees, attach, copy_sources
 from tests.fakes.s3_server import S3Server
+from tests.fakes.tcp_relay import TcpRelay
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(280)]
 pytest.importorskip("obstore", reason="needs the package obstore")
 
 MIB = 1 << 20
 URL = "s3://bucket/fleet"
+
+
+@pytest.fixture
+def relay(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[TcpRelay]:
+    """The way to the server, for tests that cut it."""
+    made = TcpRelay(server.port)
+    monkeypatch.setitem(ENVIRONMENT, "AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
+    yield made
+    made.go_away()
 
 
 @pytest.fixture
@@ -53,22 +63,27 @@ def push(pool: RunningPool, name: str, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_through_s3_and_lazily_back_with_the_store_gone_half_way(server: S3Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_through_s3_and_lazily_back_with_the_store_gone_half_way(
+    server: S3Server, relay: TcpRelay, tmp_path: Path, kills: bool
+) -> None:
+    """The server is killed and started anew in the deep mode; otherwise the way to it is cut, which is the same to us."""
+    go_away, come_back = (server.stop, server.start) if kills else (relay.go_away, relay.come_back)
     key = tmp_path / "key"
     key.write_text("a passphrase\n")
     options = ("--key-file", str(key))
     contents = [random.Random(number).randbytes(MIB) for number in range(24)]
     with running_pool("1G") as pool, running_pool("1G", options=("--block-size", "128K")) as other:
-        pool.command("create", "disk", "--size", "200M")
+        pool.operate("create", name="disk", size_bytes=200 * MIB)
         with Client.connect(pool.uri("disk")) as client:
             for number, content in enumerate(contents):
                 client.write(number * 8 * MIB, content)
-        pool.command("snapshot", "disk", "monday", "--read-only")
+        pool.operate("snapshot", origin="disk", name="monday", read_only=True)
         assert push(pool, "monday", *options)["push"]["new_chunks"] == 24 * 16
         with Client.connect(pool.uri("disk")) as client:
             client.write(8 * MIB, b"tuesday!")
             client.trim(16 * MIB, MIB)
-        pool.command("snapshot", "disk", "tuesday", "--read-only")
+        pool.operate("snapshot", origin="disk", name="tuesday", read_only=True)
         report = push(pool, "tuesday", *options)
         assert (report["push"]["base"], report["push"]["new_chunks"]) == ("monday", 1)
         wrong = pool.thinpool("ls", URL, check=False)
@@ -79,7 +94,7 @@ def test_through_s3_and_lazily_back_with_the_store_gone_half_way(server: S3Serve
         contents[1] = b"tuesday!" + contents[1][8:]
         contents[2] = bytes(MIB)
         other.thinpool("pull", URL, str(other.path), "tuesday", "--lazy", *options)
-        _read_with_the_store_gone(server, other, contents)
+        _read_with_the_store_gone(other, contents, go_away, come_back)
         other.thinpool("pull", URL, str(other.path), "tuesday", *options)
         with Client.connect(other.uri("tuesday")) as client:
             assert [client.read(number * 8 * MIB, MIB) for number in range(24)] == contents
@@ -89,11 +104,16 @@ def test_through_s3_and_lazily_back_with_the_store_gone_half_way(server: S3Serve
         assert run_verify(other, *options) == 0
 
 
-def _read_with_the_store_gone(server: S3Server, pool: RunningPool, contents: list[bytes]) -> None:
+def _read_with_the_store_gone(
+    pool: RunningPool,
+    contents: list[bytes],
+    go_away: Callable[[], None],
+    come_back: Callable[[], None],
+) -> None:
     """What was read before stays, what was not is an I/O error, also after a restart of the server of the pool."""
     with Client.connect(pool.uri("tuesday")) as client:
         assert client.read(8 * MIB, 1000) == contents[1][:1000]
-        server.stop()
+        go_away()
         assert client.read(8 * MIB, 1000) == contents[1][:1000]
     pool.stop()
     pool.start()
@@ -107,7 +127,8 @@ def _read_with_the_store_gone(server: S3Server, pool: RunningPool, contents: lis
                 assert error.error == errno.EIO
                 missing += 1
         assert local + missing == 2
-    server.start()
+        assert missing
+    come_back()
 
 
 def run_verify(pool: RunningPool, *options: str) -> int:

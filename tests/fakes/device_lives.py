@@ -27,9 +27,10 @@ ENDS = {"delete": 2, "restart": 1, "kill": 1}
 class DeviceLives:
     """The steps that need no other host. A step returns what it did, None where there was nothing to do it with."""
 
-    def __init__(self, chance: random.Random, place: StorePlace) -> None:
+    def __init__(self, chance: random.Random, place: StorePlace, *, background: bool) -> None:
         self.chance = chance
         self.place = place
+        self.background = background
         self.counts: Counter[str] = Counter()
         self._number = 0
         self._leaked = False
@@ -164,6 +165,7 @@ class DeviceLives:
         if committed:
             host.pool.commit()
             host.settle()
-        host.kill()
+        self._leaked |= self.background
+        host.kill(self.place)
         host.check_all()
         return "after a commit" if committed else ""

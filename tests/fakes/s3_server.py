@@ -55,6 +55,11 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def port(self) -> int:
+        """Where it speaks S3."""
+        return self._ports["s3"]
+
+    @property
     def environment(self) -> dict[str, str]:
         return {
             "AWS_ACCESS_KEY_ID": KEY,
@@ -70,6 +75,9 @@ class S3Server:
             f"-volume.port={self._ports['volume']}",
             f"-filer.port={self._ports['filer']}",
             f"-s3.port={self._ports['s3']}",
+            # Their ports are fixed, so a second server on the machine would end at once.
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
         ]
         with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(

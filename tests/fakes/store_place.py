@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ class StorePlace:
         else:
             assert self._directory is not None
             self._directory.with_name("store-away").rename(self._directory)
+
+    @contextmanager
+    def gone(self) -> Iterator[None]:
+        """Away for a while, whether it was before or not."""
+        before = self.is_away
+        if not before:
+            self.go_away()
+        try:
+            yield
+        finally:
+            if not before:
+                self.come_back()
 
     def end(self) -> None:
         """Memory is given back; a directory belongs to whoever made it."""

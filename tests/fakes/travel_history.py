@@ -66,10 +66,10 @@ class TravelHistory(DeviceLives):
         self._work.mkdir()
         self._weights = {**CHANGES, **ENDS, **TRAVELS, **(LAZY if lazily else {})}
         secret = b"a secret" if chance.random() < 0.15 else None
-        super().__init__(chance, StorePlace(self._work if chance.random() < 0.5 else None, secret))
+        place = StorePlace(self._work if chance.random() < 0.5 else None, secret)
+        super().__init__(chance, place, background=lazily and chance.random() < 0.2)
         self._key = self._work / "key"
         self._key.write_bytes(secret or b"")
-        self.background = lazily and chance.random() < 0.2
         self.hosts = [
             Host(self._work / f"host{number}", chance.choice(BLOCK_SIZES), background=self.background)
             for number in range(2)

@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.fakes.device_model import ModelDevice, blocks_in
+from tests.fakes.store_place import StorePlace
 from tests.fakes.transfer_pools import session_on
 from thinpool.catalog import CatalogEntry
 from thinpool.extents import HOLE
@@ -62,12 +63,17 @@ class Host:
         for model in self.models.values():
             model.settle()
 
-    def kill(self) -> None:
-        """Go on with what the files hold at this instant, and take over what survived."""
+    def kill(self, place: StorePlace) -> None:
+        """Go on with what the files hold at this instant, and take over what survived.
+
+        The killed process cannot reach the store any more: it must not release what its successor needs.
+        """
         killed = self.path.with_name(self.path.name + "-killed")
-        subprocess.run(["cp", "-r", "--sparse=always", str(self.path), str(killed)], check=True)
-        self.pool.lazy.stop_background()
-        self.pool.close()
+        with place.gone():
+            with self._standing_still():
+                subprocess.run(["cp", "-r", "--sparse=always", str(self.path), str(killed)], check=True)
+            self.pool.lazy.stop_background()
+            self.pool.close()
         shutil.rmtree(self.path)
         killed.rename(self.path)
         background, self._background = self._background, False
@@ -79,6 +85,15 @@ class Host:
         if background:
             self._background = True
             self.pool.lazy.start_background()
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Nothing is written: neither committed nor fetched. A copy takes longer than an instant."""
+        with ExitStack() as held:
+            held.enter_context(self.pool.engine.transaction)
+            for device in list(self.pool.engine.devices.values()):
+                held.enter_context(device.quiet())
+            yield
 
     # --- finding ---
 
