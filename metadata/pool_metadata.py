@@ -81,6 +81,8 @@ class PoolMetadata:
         self._state = state
         self._writable = writable
         self._pending = False
+        self._limit: int | None = None
+        self._more_room: Callable[[int], None] = lambda free_blocks: None
 
     @classmethod
     def open(
@@ -166,10 +168,29 @@ class PoolMetadata:
 
     @property
     def metadata_blocks_free(self) -> int:
-        """Metadata blocks that can still be allocated in this transaction, the reserve included."""
-        if not self._writable:
+        """Metadata blocks that are not in use, the reserve included."""
+        if not self._writable or self._limit is not None:
             return self.metadata_blocks - self.metadata_blocks_allocated
         return self._state.transaction.free_blocks
+
+    @property
+    def metadata_blocks_usable(self) -> int:
+        """Those that can still be allocated in this transaction: as the last, but none behind the limit."""
+        return self._state.transaction.free_blocks
+
+    def end_of_free(self, free_blocks: int) -> int:
+        """The smallest limit that leaves so many blocks usable; the size where even that does not."""
+        return self._state.transaction.end_of_free(free_blocks)
+
+    def limit(self, blocks: int | None, more_room: Callable[[int], None]) -> None:
+        """Change no block from this one on, for which the storage may have no space; None: any may be.
+
+        `more_room` is called with the number of usable blocks that an operation needs where there are fewer, and may
+        set a higher limit. The limit may only rise, but for the first one.
+        """
+        self._limit, self._more_room = blocks, more_room
+        self._state.transaction.limit(blocks)
+        self._state.more_room = more_room
 
     @property
     def metadata_reserve(self) -> int:
@@ -477,6 +498,7 @@ class PoolMetadata:
         """Forget the transaction and read the pool again from its superblock. Raises as `open`."""
         self._cache.clear()
         self._state = PoolState.load(self._store, self._cache, writable=self._writable)
+        self.limit(self._limit, self._more_room)
         self._pending = False
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ them, and the device records waiting. Operations that add something must leave t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -51,6 +52,8 @@ class PoolState:
         self.data_space = DataSpaceMap(self.transaction, superblock.data_space)
         self.mapping = MappingTree(self.transaction, self.data_space.counts, superblock.mapping_root)
         self.devices = DeviceTable(self.transaction, superblock.details_root)
+        # Asked for so many free blocks where there are fewer; it may raise the limit of the transaction.
+        self.more_room: Callable[[int], None] = lambda free_blocks: None
         self._shared_copies = 0
         self._overflow_nodes: dict[int, int] = {}
 
@@ -119,6 +122,8 @@ class PoolState:
 
     def _require(self, blocks: int, kept_blocks: int, new_data_blocks: int = 0) -> None:
         kept = self._commit_blocks(new_data_blocks) + kept_blocks
+        if blocks + kept > self.transaction.free_blocks:
+            self.more_room(blocks + kept)
         free = self.transaction.free_blocks
         if blocks + kept > free:
             raise MetadataFull(blocks, free, kept)

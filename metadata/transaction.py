@@ -23,7 +23,7 @@ from .btree import read_leaf
 from .checksum import BlockKind
 from .counts import CountTable
 from .errors import BlockDamaged, Damage, MetadataFull
-from .layout import ENTRIES_PER_BITMAP, U64Array, ValueArray, bitmaps_for
+from .layout import ENTRIES_PER_BITMAP, U32Array, U64Array, ValueArray, bitmaps_for
 from .node import Node
 
 
@@ -47,6 +47,8 @@ class Transaction:
         self._candidates: list[int] = []
         self._candidate_chunk = 0
         self._committed_used = 0
+        self._limit: int | None = None
+        self._used_beyond = 0  # committed blocks in use from the limit on
         self.taken = 0
 
     # Reading
@@ -144,7 +146,36 @@ class Transaction:
     @property
     def free_blocks(self) -> int:
         """Blocks `allocate` can still hand out in this transaction."""
-        return self.counts.blocks - self._committed_used - self.taken
+        return self._end - (self._committed_used - self._used_beyond) - self.taken
+
+    @property
+    def _end(self) -> int:
+        return self.counts.blocks if self._limit is None else min(self._limit, self.counts.blocks)
+
+    def limit(self, blocks: int | None) -> None:
+        """Hand out only blocks before this one; None for no limit. It may rise any time, and fall between commits."""
+        self._limit = blocks
+        self._used_beyond = 0
+        if blocks is not None:
+            for chunk in range(blocks // ENTRIES_PER_BITMAP, bitmaps_for(self.counts.blocks)):
+                self._used_beyond += self._beyond(self.counts.saved(chunk), chunk)
+        self._candidates.clear()
+        self._candidate_chunk = max(self._candidate_chunk - 1, 0)
+
+    def _beyond(self, counts: U32Array, chunk: int) -> int:
+        """Blocks in use, of the counts of a chunk, that lie at the limit or behind it."""
+        assert self._limit is not None
+        return int(np.count_nonzero(counts[max(self._limit - chunk * ENTRIES_PER_BITMAP, 0) :]))
+
+    def end_of_free(self, count: int) -> int:
+        """The smallest limit with `count` free blocks before it; the size of the space where there are fewer."""
+        for chunk in range(bitmaps_for(self.counts.blocks)):
+            free = np.flatnonzero((self.counts.chunk(chunk) == 0) & (self.counts.saved(chunk) == 0))
+            if len(free) >= count:
+                last = int(free[count - 1]) if count > 0 else -1
+                return min(chunk * ENTRIES_PER_BITMAP + last + 1, self.counts.blocks)
+            count -= len(free)
+        return self.counts.blocks
 
     def recount(self, used_blocks: int) -> None:
         """Set the number of blocks in use in the committed map."""
@@ -157,7 +188,7 @@ class Transaction:
 
     def _search(self) -> Iterator[int]:
         """Free blocks from the cursor on, wrapping once; the candidates of a chunk are listed once."""
-        chunks = bitmaps_for(self.counts.blocks)
+        chunks = bitmaps_for(self._end)
         for _ in range(chunks + 2):
             while self._candidates:
                 location = self._candidates.pop()
@@ -171,7 +202,7 @@ class Transaction:
     def _list_free(self, chunk: int) -> list[int]:
         free = np.flatnonzero((self.counts.chunk(chunk) == 0) & (self.counts.saved(chunk) == 0))
         free += chunk * ENTRIES_PER_BITMAP
-        inside = free[free < self.counts.blocks]
+        inside = free[free < self._end]
         listed: list[int] = inside[::-1].tolist()
         return listed
 
@@ -193,6 +224,10 @@ class Transaction:
                 self._cache.keep(location, content)
         self._dirty.clear()
         self._fresh.clear()
+        if self._limit is not None:
+            for chunk in self.counts.touched():
+                now, before = self.counts.chunk(chunk), self.counts.saved(chunk)
+                self._used_beyond += self._beyond(now, chunk) - self._beyond(before, chunk)
         self.counts.settle()
         self.taken = 0
         self._committed_used = used_blocks

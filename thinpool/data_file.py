@@ -37,7 +37,8 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _ZEROS = bytes(ZERO_PIECE_BYTES)
 
 
-def _fallocate(descriptor: int, mode: int, offset: int, length_bytes: int) -> None:
+def fallocate(descriptor: int, mode: int, offset: int, length_bytes: int) -> None:
+    """fallocate(2), gone on with after signals. Raises OSError."""
     while _libc.fallocate(descriptor, mode, offset, length_bytes) != 0:
         number = ctypes.get_errno()
         if number != errno.EINTR:
@@ -157,7 +158,7 @@ class DataFile:
         """Turn a range into a hole that reads zeros. False where this file cannot do that at all."""
         if self.punches:
             try:
-                _fallocate(self.descriptor, PUNCH_HOLE_KEEP_SIZE, offset, length_bytes)
+                fallocate(self.descriptor, PUNCH_HOLE_KEEP_SIZE, offset, length_bytes)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
@@ -168,7 +169,7 @@ class DataFile:
         """Make a range read zeros and keep it allocated."""
         if self.zeroes_range:
             try:
-                _fallocate(self.descriptor, ZERO_RANGE_KEEP_SIZE, offset, length_bytes)
+                fallocate(self.descriptor, ZERO_RANGE_KEEP_SIZE, offset, length_bytes)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise

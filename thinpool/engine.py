@@ -43,6 +43,7 @@ from .errors import PoolPoisoned, PoolReadOnly
 from .free_map import FreeMap, anonymous_memory
 from .full_pool import ALL_PROMISED, NO_DATA, NO_JOURNAL, FullPool, NoFreeBlock
 from .mapping_journal import MappingJournal
+from .metadata_margin import MetadataMargin
 from .reclaim import UNPINNED, Reclaimer
 from .reservations import Reservations
 
@@ -62,6 +63,12 @@ def nothing_more() -> None:
     """The `last_change` of most commits."""
 
 
+def kept_metadata(metadata: PoolMetadata) -> int:
+    """Free metadata blocks that new mappings leave alone, so that commits, deletions and rollbacks find them."""
+    bitmaps = -(-metadata.data_blocks // 16320)
+    return metadata.metadata_reserve + metadata.metadata_kept + bitmaps + METADATA_SPARE_BLOCKS
+
+
 class Engine:
     """A pool without names. Device ids and bytes in, bytes out."""
 
@@ -73,6 +80,7 @@ class Engine:
         writable: bool,
         log: Log,
         journal: MappingJournal | None = None,
+        margin: MetadataMargin | None = None,
     ) -> None:
         if writable:
             # numpy imports this when `unique` is called first. In the middle of a commit that may fail for lack of file
@@ -100,6 +108,9 @@ class Engine:
         self.reservations = Reservations(self)
         self.committer = Committer(self.commit_if_dirty, self.reclaim)
         self.journal = journal
+        self.margin = margin
+        if margin is not None and journal is not None:
+            margin.before_change = journal.about_to_lengthen
         # Asked for more space when all is taken, and told after commits that changed how full the pool is.
         self.more_space: Callable[[], bool] = lambda: False
         self.level_changed: Callable[[], None] = lambda: None
@@ -132,6 +143,8 @@ class Engine:
         finally:
             if self.journal is not None:
                 self.journal.close()
+            if self.margin is not None:
+                self.margin.close()
             self.data.close()
             self.metadata.close()
 
@@ -321,9 +334,10 @@ class Engine:
     def _room(self) -> int:
         """Metadata blocks that new mappings may take, so that the commit that inserts them cannot run out."""
         metadata = self.metadata
-        bitmaps = -(-metadata.data_blocks // 16320)
-        kept = metadata.metadata_reserve + metadata.metadata_kept + bitmaps + METADATA_SPARE_BLOCKS
-        return metadata.metadata_blocks_free - kept
+        kept = kept_metadata(metadata)
+        if self.margin is not None:
+            self.margin.keep(kept)
+        return metadata.metadata_blocks_usable - kept
 
     def _find_room(self) -> None:
         """Replace the estimate by the truth, less what is set aside for mappings that are not in the tree yet."""
@@ -347,9 +361,24 @@ class Engine:
             return True
 
     @property
+    def metadata_is_small(self) -> bool:
+        """Whether there is no room for more mappings although the file system would have some: it is all in use."""
+        return not self.can_map and not (self.margin is not None and self.margin.lacking)
+
+    @property
     def can_map(self) -> bool:
         """Whether the metadata has room for more mappings."""
         return self._room_blocks >= CHUNK_COST_BLOCKS
+
+    def give_back(self) -> bool:
+        """See that the file system has got back all that was freed. False where nothing may change."""
+        with self.transaction:
+            if self.failure is not None or not self.writable:
+                return False
+            if self.metadata.dirty or self.reclaimer.waiting_blocks:
+                self.commit()
+        self.reclaim()
+        return True
 
     def make_space(self, device_id: int | None = None) -> bool:
         """See whether there is a free block for a device, and metadata to map it, after all.
@@ -362,6 +391,8 @@ class Engine:
             if self.failure is not None or not self.writable:
                 return False
             self.collect()
+            if self.margin is not None and not self.can_map:
+                self.margin.widen()
             self._find_room()
         if self._has_space(device_id):
             return True

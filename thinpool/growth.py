@@ -63,4 +63,4 @@ class Growth:
         """Before a write is refused: more of what is all taken, where the settings say so."""
         engine = self._pool.engine
         with engine.transaction:
-            return self.by_itself(data=not engine.free.available_blocks(), metadata=not engine.can_map)
+            return self.by_itself(data=not engine.free.available_blocks(), metadata=engine.metadata_is_small)

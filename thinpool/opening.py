@@ -28,7 +28,7 @@ from metadata import (
 from .catalog import Catalog
 from .data_file import DataFile
 from .description import METADATA_BLOCK_BYTES
-from .engine import Engine
+from .engine import Engine, kept_metadata
 from .errors import (
     BadSize,
     NotAPool,
@@ -40,6 +40,7 @@ from .errors import (
     RecoveryLost,
 )
 from .mapping_journal import Entry, MappingJournal, Witness, announce_replay, forget_journal, left_behind
+from .metadata_margin import MetadataMargin
 from .pool import Pool
 from .pool_location import PoolLocation
 from .pool_lock import PoolLock
@@ -180,10 +181,15 @@ def _opened(location: PoolLocation, lock: PoolLock, read_only: bool) -> Pool:
         if location.names_path is not None:
             take_names(catalog, metadata, location.names_path, data.block_bytes)
         reconcile(catalog, metadata, data.block_bytes)
+        margin = MetadataMargin(location.metadata_path, metadata, log.warning) if writable else None
+        if margin is not None:
+            undoing.callback(margin.close)
+            # Before the journal begins, which believes in the metadata file as it is then.
+            margin.keep(kept_metadata(metadata))
         journal = _begin_journal(location) if writable else None
         if journal is not None:
             undoing.callback(journal.close)
-        engine = Engine(metadata, data, writable=writable, log=log.error, journal=journal)
+        engine = Engine(metadata, data, writable=writable, log=log.error, journal=journal, margin=margin)
         undoing.callback(engine.committer.stop)
         pool = Pool(location, engine, catalog, [lock])
         if writable:

@@ -234,12 +234,14 @@ class Session:
     def wait_for_space(self, refused: OSError | None = None, tries: int = 0) -> bool:
         """After a write failed with ENOSPC and the replies before it went out: is it worth another try?
 
-        Where it is the file system that is full, no block of ours helps, and looking for some once is enough.
+        Where it is the file system that is full, no block of ours helps, but what was freed and not given back yet may;
+        looking for that once is enough.
         """
-        if tries and not isinstance(refused, NoFreeBlock):
+        disk_full = refused is not None and not isinstance(refused, NoFreeBlock)
+        if tries and disk_full:
             return False
         try:
-            return self._engine.make_space(self.device.device_id)
+            return self._engine.give_back() if disk_full else self._engine.make_space(self.device.device_id)
         except (MetadataError, PoolPoisoned) as error:
             raise io_error(error) from error
 

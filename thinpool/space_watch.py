@@ -119,7 +119,7 @@ class SpaceWatch:
             if level.low.crossed(used, size, level.percent()):
                 self._tell(level, "low", used, size)
             # The last metadata blocks are kept for commits and deletions.
-            if level is self._metadata and not self._pool.engine.can_map:
+            if level is self._metadata and self._pool.engine.metadata_is_small:
                 used = size
             if level.full.crossed(used, size, 100):
                 self._tell(level, "full", used, size)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbd.client import Client
-from nbd.constants import Errno
+from nbd.constants import Command, Errno
 from tests.conformance.running_pool import ENVIRONMENT, RunningPool, require_loop_mounts, run
 from tests.conformance.stamped_pool import (
     BLOCK,
@@ -65,8 +67,12 @@ class SmallDisk:
     def fill(self, leave_bytes: int) -> Path:
         """Take all space but so much with another file."""
         filler = self.place / "filler"
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, self.free_bytes() - leave_bytes)
+        end = 0
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            for piece in (256 << 10, 4 << 10):
+                while self.free_bytes() >= leave_bytes + piece:
+                    os.posix_fallocate(file.fileno(), end, piece)
+                    end += piece
         return filler
 
 
@@ -143,3 +149,90 @@ def test_a_pool_on_a_read_only_file_system(disk: SmallDisk) -> None:
     pool.server.terminate()
     assert pool.server.wait(20) == 0, pool.log()
     assert "Traceback" not in pool.log()
+
+
+# --- full ---
+
+
+def written_until_refused(client: Client, first: int = 0) -> tuple[int, int]:
+    """Stamps on new blocks, flushed now and then, until there is no space: the next block, and where it was flushed."""
+    flushed = first
+    for number in range(first, 16 * MIB // BLOCK):
+        error = answer(lambda: client.write(number * BLOCK, stamped(number)))  # noqa: B023 -- called at once
+        if error:
+            assert error == Errno.ENOSPC
+            return number, flushed
+        if number % 5 == 4:
+            client.flush()
+            flushed = number + 1
+    raise AssertionError("the disk did not fill up")
+
+
+def test_a_full_disk_refuses_and_goes_on_when_it_has_room(disk: SmallDisk) -> None:
+    pool = serve(disk, when_full="error")
+    client = Client.connect(pool.uri("a"), timeout_seconds=20)
+    filler = disk.fill(3 * MIB)
+    refused, flushed = written_until_refused(client)
+    assert refused > 10
+    client.flush()
+    for number in range(flushed):
+        client.write(number * BLOCK, stamped(number))  # in place: needs nothing
+    client.flush()
+    assert pool.operate("status")["status"]["failure"] is None
+    client.trim(0, 2 * BLOCK)  # what a guest gives back is there for its next writes
+    client.write(refused * BLOCK, stamped(refused))
+    client.flush()
+    filler.unlink()
+    for number in (0, 1, refused + 1):
+        client.write(number * BLOCK, stamped(number))
+    client.flush()
+    client.close()
+    pool.stop()
+    pool.check_metadata()
+    require_kept(pool, "a", {number: number for number in range(refused + 2)})
+
+
+def test_writes_wait_while_the_disk_is_full(disk: SmallDisk) -> None:
+    pool = serve(disk, when_full="queue", queue_timeout="0")
+    client, other = (Client.connect(pool.uri(name), timeout_seconds=30) for name in ("a", "b"))
+    filler = disk.fill(2 * MIB)
+    cookies = [
+        client.send_request(Command.WRITE, number * BLOCK, BLOCK, payload=stamped(number))
+        for number in range(60)
+    ]
+    deadline = time.monotonic() + 20
+    while "wait for space" not in pool.log():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    other.flush()
+    assert other.read(0, 512) == bytes(512)
+    filler.unlink()
+    assert [client.reply_to(cookie).error for cookie in cookies] == [0] * 60
+    client.flush()
+    client.close()
+    other.close()
+    pool.stop()
+    require_kept(pool, "a", {number: number for number in range(60)})
+
+
+def test_a_commit_finds_room_for_metadata_on_a_full_disk(disk: SmallDisk) -> None:
+    """The data file is all real, so writes need no space of the disk, but the mappings do."""
+    two_devices(disk.pool.path, 16 * MIB, **{"when-full": "error"})
+    with (disk.pool.path / "data").open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 16 * MIB)
+    disk.pool.start()
+    pool = disk.pool
+    pool.access.server()
+    client = Client.connect(pool.uri("a"), timeout_seconds=20)
+    disk.fill(0)
+    before = (pool.path / "metadata").stat().st_blocks
+    for number in range(16 * MIB // BLOCK):
+        client.write(number * BLOCK, stamped(number))
+        if number % 8 == 7:
+            client.flush()
+    assert pool.operate("status")["status"]["failure"] is None
+    assert (pool.path / "metadata").stat().st_blocks == before
+    client.close()
+    pool.stop()
+    pool.check_metadata()
+    require_kept(pool, "a", {number: number for number in range(16 * MIB // BLOCK)})
