@@ -166,10 +166,16 @@ def verify_command(
     What is damaged is named, with the snapshots that suffer; the exit code is 6 then.
     """
     from thinpool.errors import ExitCode
+    from thinpool.store.keys import CHUNK_BYTES
     from thinpool.store.verifying import Verification
 
     store = open_store(url, key_file)
-    report = Verification(store, read_data=read_data).run(names)
+    with WorkProgress("verifying") as progress:
+
+        def show(chunks: int) -> None:
+            progress.show(chunks * CHUNK_BYTES, None)
+
+        report = Verification(store, read_data=read_data, progress=show).run(names)
     if condemn:
         for pack in report.damaged_packs:
             store.condemn(pack)

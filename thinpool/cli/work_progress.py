@@ -25,17 +25,15 @@ class WorkProgress:
     def __enter__(self) -> WorkProgress:
         return self
 
-    def show(self, done: int, total: int) -> None:
-        """Say how far it is; the total may be an upper bound."""
+    def show(self, done: int, total: int | None) -> None:
+        """Say how far it is; the total may be an upper bound, or not be known."""
         now = time.monotonic()
         if not self._shown or now - self._last < SECONDS_BETWEEN:
             return
         self._last = now
         rate = done / max(now - self._started, 0.001)
-        percent = 100 * done // total if total else 100
-        click.echo(
-            f"\r{self._what}: {percent:3d} %, {iec(done)}, {iec(int(rate))}/s\x1b[K", err=True, nl=False
-        )
+        share = "" if total is None else f"{100 * done // total if total else 100:3d} %, "
+        click.echo(f"\r{self._what}: {share}{iec(done)}, {iec(int(rate))}/s\x1b[K", err=True, nl=False)
         self._line = True
 
     def __exit__(

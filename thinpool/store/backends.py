@@ -34,6 +34,8 @@ REQUEST_SECONDS = 60
 CONNECT_SECONDS = 5
 DELETE_KEYS_MAX = 1000
 REFUSALS = ("PermissionDeniedError", "UnauthenticatedError", "NotSupportedError", "InvalidPathError")
+# Asked for credentials by clients that were given none.
+METADATA_SERVICES = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 _memories: dict[str, Backend] = {}
 
 
@@ -186,7 +188,10 @@ class ObstoreBackend:
 def _kind(error: Exception) -> Exception:
     if type(error).__name__ in REFUSALS:
         return RefusedError(_first_line(error))
-    return PassingError(_first_line(error))
+    reason = _first_line(error)
+    if any(address in reason for address in METADATA_SERVICES):
+        reason = f"no credentials are in the environment, and no role of this machine is to be had ({reason})"
+    return PassingError(reason)
 
 
 def _beyond_the_end(error: Exception) -> bool:
@@ -208,18 +213,19 @@ class DirectoryBackend:
             self._make_directory(target.parent)
             try:
                 self._write(partial, data)
-                if create:
-                    os.link(partial, target)
-                else:
-                    partial.rename(target)
+                try:
+                    if create:
+                        os.link(partial, target)
+                    else:
+                        partial.rename(target)
+                except FileNotFoundError as error:
+                    # A collector took the file for one that a killed push had left. It is written again.
+                    raise PassingError(str(error)) from error
             except FileExistsError:
                 return False
             finally:
                 partial.unlink(missing_ok=True)
             _sync_directory(target.parent)
-        except FileNotFoundError as error:
-            # A collector took the file for one that a killed push had left. It is written again.
-            raise PassingError(str(error)) from error
         except OSError as error:
             raise _file_kind(error) from error
         return True
