@@ -38,6 +38,7 @@ from .description import (
 )
 from .device import ThinDevice
 from .device_diff import DiffPage, compare
+from .device_size import check_device_size, resized
 from .engine import Engine
 from .errors import (
     BadSetting,
@@ -69,8 +70,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinpool")
 
 DEVICE_ID_MAX = (1 << 24) - 1
-# The block map of a device is address space; this is what every 64-bit Linux gives.
-DEVICE_BYTES_MAX = 1 << 54
 
 
 class Pool:
@@ -217,7 +216,7 @@ class Pool:
         force: bool = False,
     ) -> CatalogEntry:
         """Create an empty device whose row `finished` completes. Raises as `create_device`."""
-        _check_device_size(size_bytes)
+        check_device_size(size_bytes)
         with self.engine.transaction:
             self._new_name(name)
             self._admit(size_bytes, force=force)
@@ -296,7 +295,7 @@ class Pool:
 
         Shrinking drops what lies beyond the new end and must be asked for. Raises BadSize, DeviceInUse.
         """
-        _check_device_size(size_bytes)
+        check_device_size(size_bytes)
         with self.engine.transaction:
             self.engine.require_writable()
             entry = self._entry(name)
@@ -328,7 +327,7 @@ class Pool:
         # What the last block holds past the new end stays: zeroing it now would not be one step with the new size.
         # `_lengthen` clears it before anybody can see it again.
         end = -(-size_bytes // self.block_bytes)
-        shorter = _resized(entry, size_bytes)
+        shorter = resized(entry, size_bytes)
         with self._step([Put(shorter)]):
             last = max(end, -(-entry.size_bytes // self.block_bytes))
             self._device(entry).unmap(end, last, with_the_step=True)
@@ -340,7 +339,7 @@ class Pool:
         device = self.engine.devices.get(entry.device_id)
         if device is not None and device.sessions and not device.extend(size_bytes):
             raise DeviceInUse(entry.name, len(device.sessions))
-        self.catalog.apply([Put(_resized(entry, size_bytes))])
+        self.catalog.apply([Put(resized(entry, size_bytes))])
 
     def _clear_past_end(self, entry: CatalogEntry) -> None:
         """Zeros, durably, between the end of a device and the end of its last block."""
@@ -472,9 +471,20 @@ class Pool:
             return self._describe(self._entry(name))
 
     def devices(self) -> list[DeviceInfo]:
-        """All devices, by name."""
+        """All devices, by name; of a damaged one without what cannot be counted."""
         with self.engine.transaction:
-            return [self._describe(entry) for entry in sorted(self.catalog.entries(), key=lambda e: e.name)]
+            return [self._listed(entry) for entry in sorted(self.catalog.entries(), key=lambda e: e.name)]
+
+    def _listed(self, entry: CatalogEntry) -> DeviceInfo:
+        try:
+            return self._describe(entry)
+        except MetadataError as error:
+            log.warning("what %r holds cannot be counted: %s", entry.name, error)
+            return self._without_figures(entry)
+
+    def _without_figures(self, entry: CatalogEntry) -> DeviceInfo:
+        remote_bytes, token = self.lazy.remote_bytes(entry), token_of(entry.receiving)
+        return describe_device(self.engine, entry, remote_bytes, token, figures=False)
 
     def _done(self, name: str) -> DeviceInfo:
         """A device as a change left it. That is done: figures that cannot be read now do not undo it."""
@@ -483,9 +493,7 @@ class Pool:
             return self._describe(entry)
         except (OSError, MetadataError) as error:
             log.warning("%r was changed; its figures cannot be read: %s", name, error)
-            return describe_device(
-                self.engine, entry, self.lazy.remote_bytes(entry), token_of(entry.receiving), figures=False
-            )
+            return self._without_figures(entry)
 
     def _describe(self, entry: CatalogEntry) -> DeviceInfo:
         device = self.engine.devices.get(entry.device_id)
@@ -586,18 +594,3 @@ class Pool:
     def _configure(self) -> None:
         self.settings = settings = PoolSettings.read({**self.catalog.settings(), **self.overrides})
         self.engine.full.configure(settings.when_full, settings.queue_timeout)
-
-
-def _resized(entry: CatalogEntry, size_bytes: int) -> CatalogEntry:
-    if size_bytes == entry.size_bytes:
-        return entry
-    reserved = min(entry.reservation_bytes, size_bytes)
-    changed = replace(entry, size_bytes=size_bytes, reservation_bytes=reserved)
-    return replace(changed, content_id=new_identity() if entry.read_only else None)
-
-
-def _check_device_size(size_bytes: int) -> None:
-    if size_bytes <= 0:
-        raise BadSize(str(size_bytes), "a device has at least one byte")
-    if size_bytes > DEVICE_BYTES_MAX:
-        raise BadSize(str(size_bytes), f"devices go up to {DEVICE_BYTES_MAX} bytes (16 PiB)")

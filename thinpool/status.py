@@ -10,7 +10,8 @@ from typing import Any
 class DeviceInfo:
     """One thin device. `mapped = exclusive + shared`; deleting it frees `exclusive_bytes`.
 
-    The three are None in what a change returns where they could not be read after it: the change is done all the same.
+    The three are None where they cannot be read: of a damaged device, and in what a change returns, which is done then
+    all the same.
     `content_id` is None where the content may have changed since it had one (see `content_identity.py`).
     `remote_bytes` is what still has to be fetched from an object store, at most (`lazy_devices.py`).
     """

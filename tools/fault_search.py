@@ -59,6 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=1.0, help="begin no seed after that time (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--seeds", type=int, help="so many seeds, however long they take")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
     )
@@ -99,9 +100,11 @@ def worker(
     """Take seeds until the time is up."""
     counts, found = Counts(), []
     deadline = time.monotonic() + options.minutes * 60
-    while time.monotonic() < deadline:
+    while options.seeds is not None or time.monotonic() < deadline:
         with seeds.get_lock():
             seed = seeds.value
+            if options.seeds is not None and seed >= options.seed + options.seeds:
+                break
             seeds.value += 1
         for operation, fault in faults(seed, options.steps):
             count = counts.of(operation, kind_in_words(fault))

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 from metadata import FileStore, MetadataFull, PoolMetadata, recount
+from metadata.node import decode_node
 from tests.fakes.metadata_pools import contents, new_pool, packed, span
-from thinpool.errors import DeviceExists, PoolBusy
+from thinpool.errors import DeviceExists, PoolBusy, TooLittleFree
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
 from thinpool.session import Session
+from thinpool.space_watch import SpaceWatch
 
 BLOCK = 65536
 
@@ -323,3 +325,133 @@ def test_snapshots_go_in_any_order(make: Callable[..., Pool]) -> None:
         pool.delete(name)
     assert not pool.devices()
     assert pool.status().data_used_bytes == 0
+
+
+# A thirtieth of the pool of the case, whose default metadata are a thirtieth of it as well: one volume of thirty.
+SHARE_BYTES = 500 * 10**9 // 30
+CHURN = 0.05
+SNAPSHOTS = 100
+
+
+def rotate(pool: Pool, look: Callable[[], None]) -> int:
+    """Fill a volume so that 100 snapshots at 5 % churn take 80 % of the data; returns how many could be taken.
+
+    Mappings are entered without writing data, which is what makes this quick. `look` is called after each commit.
+    """
+    blocks = int(0.8 * (SHARE_BYTES // BLOCK) / (1 + SNAPSHOTS * CHURN))
+    random = np.random.Generator(np.random.PCG64(15))
+    pool.create_device("volume", blocks * BLOCK)
+    number, taken = pool.info("volume").device_id, 0
+
+    def churn(keys: np.ndarray) -> None:
+        nonlocal taken
+        with pool.engine.transaction, pool.engine.changing_tree():
+            values = span(taken, len(keys)) << np.uint64(24) | np.uint64(pool.engine.metadata.time)
+            pool.engine.metadata.insert(number, keys, values)
+        taken += len(keys)
+        pool.commit()
+        look()
+
+    churn(span(0, blocks))
+    for turn in range(SNAPSHOTS):
+        try:
+            pool.create_snapshot("volume", f"day{turn}", read_only=True)
+            churn(np.sort(random.choice(blocks, int(blocks * CHURN), replace=False)).astype(np.uint64))
+        except (TooLittleFree, MetadataFull):
+            assert pool.writable
+            return turn
+    assert pool.status().data_used_bytes >= 0.79 * SHARE_BYTES
+    return SNAPSHOTS
+
+
+@pytest.fixture
+def default_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    monkeypatch.setattr(FileStore, "flush", lambda _: None)
+    create_pool(tmp_path / "pool", size_bytes=SHARE_BYTES)
+    pool = open_pool(PoolLocation.directory(tmp_path / "pool"))
+    assert pool.status().metadata_bytes == 64 << 20
+    yield pool
+    pool.close()
+
+
+def test_default_metadata_tell_before_they_refuse_and_data_run_out_first(
+    default_pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """B15, B17, where metadata may not grow: an event at 80 %, snapshots refused at 90 %, never read-only."""
+    pool = default_pool
+    pool.change_settings({"metadata-autogrow-limit": "off"})
+    watch = SpaceWatch(pool)
+    assert rotate(pool, watch.look) == SNAPSHOTS, "metadata were full before 80 % of the data"
+    assert "the metadata of the pool is 80." in caplog.text
+    session = session_on(pool, "volume")
+    with pytest.raises(TooLittleFree):
+        for turn in range(SNAPSHOTS):
+            pool.create_snapshot("volume", f"more{turn}", read_only=True)
+            with pool.engine.transaction, pool.engine.changing_tree():
+                free = span(SHARE_BYTES // BLOCK - (turn + 1) * 300, 300)
+                values = free << np.uint64(24) | np.uint64(pool.engine.metadata.time)
+                pool.engine.metadata.insert(1, span(0, 300) * 100, values)
+            pool.commit()
+    status = pool.status()
+    assert status.mode == "rw"
+    assert 0.9 <= status.metadata_used_bytes / status.metadata_bytes < 0.93
+    with pytest.MonkeyPatch.context() as patch:
+        # What was entered without asking for blocks is not known to be taken.
+        patch.setattr(pool.engine.free, "allocate", lambda _: SHARE_BYTES // BLOCK - 40_000)
+        write(session, 0, stamp(1))
+    pool.commit()
+    assert session.read_bytes(0, BLOCK) == stamp(1)
+    session.close()
+
+
+@pytest.mark.deep
+def test_default_metadata_grow_by_themselves(default_pool: Pool) -> None:
+    """B15 as it is set by default."""
+    assert rotate(default_pool, SpaceWatch(default_pool).look) == SNAPSHOTS
+    status = default_pool.status()
+    assert status.mode == "rw"
+    assert status.metadata_bytes > 64 << 20
+
+
+def test_other_devices_are_served_beside_a_damaged_one(tmp_path: Path) -> None:
+    """B125: a leaf of one device is spoilt; its range is an error, all else is read and written, and nothing poisons."""
+    create_pool(path := tmp_path / "pool", size_bytes=4096 * BLOCK)
+    location = PoolLocation.directory(path)
+    pool = open_pool(location)
+    for name in ("spoilt", "sound"):
+        pool.create_device(name, 2048 * BLOCK)
+        fill(pool, name, range(0, 1200, 40))
+        fill(pool, name, range(1, 1200, 40))
+    number = pool.info("spoilt").device_id
+    # One mapping a leaf would do; several leaves are made by entering mappings without data.
+    with pool.engine.transaction, pool.engine.changing_tree():
+        pool.engine.metadata.insert(number, span(1300, 600), packed(span(3000, 600)))
+    pool.commit()
+    last = pool.engine.metadata.leaf(number, 1899)
+    root = pool.engine.metadata.device_root(number)
+    pool.close()
+    assert last.begin > 0, "the device has one leaf only"
+    store = FileStore(location.metadata_path, writable=True)
+    children = decode_node(store.read(root, 1), root).values
+    store.write(int(children[-1]), bytes(4096))
+    store.close()
+    pool = open_pool(location)
+    assert pool.writable
+    spoilt, sound = session_on(pool, "spoilt"), session_on(pool, "sound")
+    with pytest.raises(OSError, match="damaged"):
+        spoilt.read_bytes(1899 * BLOCK, BLOCK)
+    assert spoilt.read_bytes(0, BLOCK) == sound.read_bytes(0, BLOCK)
+    figures = {info.name: info.exclusive_bytes for info in pool.devices()}
+    assert figures == {"sound": 60 * BLOCK, "spoilt": None}
+    write(sound, 0, stamp(5))
+    write(sound, 2000 * BLOCK, stamp(6))
+    sound.flush()
+    assert sound.read_bytes(2000 * BLOCK, BLOCK) == stamp(6)
+    write(spoilt, 0, stamp(7))
+    spoilt.flush()
+    assert spoilt.read_bytes(0, BLOCK) == stamp(7)
+    spoilt.close()
+    sound.close()
+    pool.create_snapshot("sound", "sound@1")
+    assert pool.writable
+    pool.close()

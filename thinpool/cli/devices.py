@@ -127,7 +127,7 @@ def _row(device: Mapping[str, Any], *, exact: bool) -> list[str]:
     sizes = ("size_bytes", "mapped_bytes", "exclusive_bytes", "shared_bytes")
     return [
         str(device["name"]),
-        *(size_text(int(device[key]), exact=exact) for key in sizes),
+        *("?" if device[key] is None else size_text(int(device[key]), exact=exact) for key in sizes),
         str(device["origin"] or "-"),
         str(device["created"]),
         "receiving" if device["receiving"] else "ro" if device["read_only"] else "rw",
