@@ -17,8 +17,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ from metadata import MetadataError, PoolMetadata
 
 from .admission import require_promise, require_space
 from .catalog import Catalog, CatalogEntry, Drop, Put
-from .catalog_rows import device_id_of
 from .content_identity import new_identity
 from .description import (
     METADATA_BLOCK_BYTES,
@@ -38,7 +36,7 @@ from .description import (
 )
 from .device import ThinDevice
 from .device_diff import DiffPage, compare
-from .device_size import check_device_size, resized
+from .device_sizes import DeviceSizes, check_device_size
 from .engine import Engine
 from .errors import (
     BadSetting,
@@ -53,6 +51,7 @@ from .errors import (
 from .growth import Growth
 from .lazy_devices import LazyDevices, PullRequest, is_lazy
 from .metadata_readers import MetadataReaders
+from .named_changes import NamedChanges
 from .names import check_name
 from .pool_location import PoolLocation
 from .pool_settings import PoolSettings, checked
@@ -88,6 +87,8 @@ class Pool:
         self.only_looking = False
         self.metadata_readers = MetadataReaders(engine, catalog)
         self.lazy = LazyDevices(self)
+        self.changes = NamedChanges(engine, catalog, own_id=location.has_catalog)
+        self.sizes = DeviceSizes(self)
         self._held = held  # locks, released by closing
         self.transfers = Transfers(self)
         self._closed = False
@@ -106,49 +107,6 @@ class Pool:
     @property
     def _metadata(self) -> PoolMetadata:
         return self.engine.metadata
-
-    # --- changing names and metadata together ---
-
-    @contextmanager
-    def _step(self, changes: Sequence[Put | Drop]) -> Iterator[None]:
-        """One atomic change of catalogue and metadata; the body changes the metadata in memory."""
-        with self.engine.transaction:
-            self.engine.require_writable()
-            own_id = self.location.has_catalog
-            number = self._metadata.transaction_id + (1 if own_id else 0)
-            self.catalog.stage(number, changes)
-            try:
-                yield
-            except BaseException:
-                if self.engine.failure is None:
-                    self.catalog.discard_staged()
-                raise
-            if own_id:
-                with self.engine.tree:
-                    self._metadata.set_transaction_id(number)
-            try:
-                self.engine.commit()
-            except BaseException:
-                if self.engine.failed_commit_counts:
-                    self._follow(changes)
-                raise
-            try:
-                self.catalog.promote(number)
-            except Exception as error:
-                # The step is done and durable: the next to open the pool promotes it.
-                self.engine.give_up(error)
-                self._follow(changes)
-                raise
-
-    def _follow(self, changes: Sequence[Put | Drop]) -> None:
-        """Know the names that belong to the metadata, where the pool gave up before the catalogue could."""
-        self.catalog.assume(changes)
-        for change in changes:
-            device = self.engine.devices.get(device_id_of(change))
-            if device is not None and not device.sessions:
-                self.engine.devices.pop(
-                    device.device_id
-                )  # all of it was in that commit; its size may be another
 
     def _entry(self, name: str) -> CatalogEntry:
         entry = self.catalog.by_name(name)
@@ -171,7 +129,8 @@ class Pool:
             return candidate
         return next(number for number in range(1, DEVICE_ID_MAX + 1) if number not in taken)
 
-    def _require_idle(self, entry: CatalogEntry) -> None:
+    def require_idle(self, entry: CatalogEntry) -> None:
+        """Raise DeviceInUse where a client has the device open, or something is made from it."""
         device = self.engine.devices.get(entry.device_id)
         if device is not None and device.sessions:
             raise DeviceInUse(entry.name, len(device.sessions))
@@ -222,7 +181,7 @@ class Pool:
             self._admit(size_bytes, force=force)
             fresh = CatalogEntry(self._new_id(), name, size_bytes, False, None, time.time(), {})
             entry = finished(replace(fresh, made_in=self._metadata.transaction_id))
-            with self.reserved.of_new(entry), self._step([Put(entry)]), self.engine.changing_tree():
+            with self.reserved.of_new(entry), self.changes.step([Put(entry)]), self.engine.changing_tree():
                 self._metadata.create_device(entry.device_id)
             return entry
 
@@ -241,8 +200,8 @@ class Pool:
             content_id = source.content_id or new_identity()
             entry = replace(entry, content_id=content_id, made_in=self._metadata.transaction_id)
             entry, fork = self.lazy.forked(source, entry)
-            with self._step([Put(entry)]):
-                self._device(source).take_point_in_time(entry.device_id, fork)
+            with self.changes.step([Put(entry)]):
+                self.device(source).take_point_in_time(entry.device_id, fork)
             self.lazy.of(entry)
             return self._done(name)
 
@@ -250,21 +209,22 @@ class Pool:
         """Delete a device or snapshot; blocks nobody else uses come back. Raises DeviceInUse."""
         with self.engine.transaction:
             entry = self._entry(name)
-            self._require_idle(entry)
+            self.require_idle(entry)
             self.delete_entry(entry)
 
     def delete_entry(self, entry: CatalogEntry) -> None:
         """Delete an idle device; `transaction` is held."""
         with (
             self.lazy.ending(entry),
-            self._step([Drop(entry.device_id), *self._reparented(entry.name, None)]),
+            self.changes.step([Drop(entry.device_id), *self.changes.reparented(entry.name, None)]),
         ):
-            self._delete_tree(entry)
+            self.delete_tree(entry)
         self.engine.reservations.drop(entry.device_id)
         self.engine.forget(entry.device_id)
         self.engine.reclaim()
 
-    def _delete_tree(self, entry: CatalogEntry) -> None:
+    def delete_tree(self, entry: CatalogEntry) -> None:
+        """Delete what a device maps, within a step that takes its row away; `transaction` is held."""
         device = self.engine.devices.get(entry.device_id)
         if device is not None:
             device.apply_pending()  # nothing of it may be left for the commit to insert
@@ -277,7 +237,7 @@ class Pool:
             self.engine.require_writable()
             entry = self._entry(old)
             self._new_name(new)
-            self.catalog.apply([Put(replace(entry, name=new)), *self._reparented(old, new)])
+            self.catalog.apply([Put(replace(entry, name=new)), *self.changes.reparented(old, new)])
             return self._done(new)
 
     def reserve(self, name: str, reservation_bytes: int) -> DeviceInfo:
@@ -295,65 +255,10 @@ class Pool:
 
         Shrinking drops what lies beyond the new end and must be asked for. Raises BadSize, DeviceInUse.
         """
-        check_device_size(size_bytes)
         with self.engine.transaction:
             self.engine.require_writable()
-            entry = self._entry(name)
-            self.lazy.require_whole(entry)
-            if size_bytes < entry.size_bytes:
-                if not shrink:
-                    raise BadSize(
-                        str(size_bytes),
-                        f"is less than the present {entry.size_bytes} bytes; shrinking needs --shrink",
-                    )
-                self._require_idle(entry)
-            else:
-                require_promise(self.settings, self.status(), size_bytes - entry.size_bytes)
-            self.set_size(entry, size_bytes)
+            self.sizes.resize(self._entry(name), size_bytes, shrink=shrink)
             return self._done(name)
-
-    def set_size(self, entry: CatalogEntry, size_bytes: int) -> None:
-        """Change a device's size, whoever it belongs to; `transaction` is held, and a shorter device is idle."""
-        if size_bytes < entry.size_bytes:
-            self._cut(entry, size_bytes)
-        else:
-            self._lengthen(entry, size_bytes)
-        device = self.engine.devices.get(entry.device_id)
-        if device is not None and not device.sessions:
-            device.apply_pending()
-            self.engine.devices.pop(entry.device_id, None)
-
-    def _cut(self, entry: CatalogEntry, size_bytes: int) -> None:
-        # What the last block holds past the new end stays: zeroing it now would not be one step with the new size.
-        # `_lengthen` clears it before anybody can see it again.
-        end = -(-size_bytes // self.block_bytes)
-        shorter = resized(entry, size_bytes)
-        with self._step([Put(shorter)]):
-            last = max(end, -(-entry.size_bytes // self.block_bytes))
-            self._device(entry).unmap(end, last, with_the_step=True)
-        if entry.reservation_bytes:
-            self.reserved.cut(shorter)
-
-    def _lengthen(self, entry: CatalogEntry, size_bytes: int) -> None:
-        self._clear_past_end(entry)
-        device = self.engine.devices.get(entry.device_id)
-        if device is not None and device.sessions and not device.extend(size_bytes):
-            raise DeviceInUse(entry.name, len(device.sessions))
-        self.catalog.apply([Put(resized(entry, size_bytes))])
-
-    def _clear_past_end(self, entry: CatalogEntry) -> None:
-        """Zeros, durably, between the end of a device and the end of its last block."""
-        tail = -entry.size_bytes % self.block_bytes
-        if not tail:
-            return
-        session = self._device(entry).open()
-        try:
-            if session.read_bytes(entry.size_bytes, tail).count(0) != tail:
-                session.zero(entry.size_bytes, tail, keep_allocated=False, fast_only=False)
-        finally:
-            session.close()
-        # Also when it read zeros: they may be so only in this transaction.
-        self.engine.commit()
 
     def rollback(self, name: str, snapshot: str, *, keep: str | bool | None = None) -> DeviceInfo:
         """Give `name` the content of `snapshot`, in one step; the snapshot stays.
@@ -364,10 +269,6 @@ class Pool:
         with self.engine.transaction:
             roll_back(self, name, snapshot, keep)
             return self._done(name)
-
-    def _reparented(self, origin: str, new_origin: str | None) -> list[Put | Drop]:
-        entries = self.catalog.entries()
-        return [Put(replace(entry, origin=new_origin)) for entry in entries if entry.origin == origin]
 
     # --- the pool itself ---
 
@@ -431,7 +332,8 @@ class Pool:
 
     # --- looking ---
 
-    def _device(self, entry: CatalogEntry) -> ThinDevice:
+    def device(self, entry: CatalogEntry) -> ThinDevice:
+        """The device of a row, in memory; `transaction` is held. Raises MetadataError, OSError."""
         return self.engine.open_device(entry.device_id, entry.size_bytes, read_only=entry.read_only)
 
     def open_session(self, entry: CatalogEntry) -> Session:
@@ -446,7 +348,7 @@ class Pool:
                 # From here on the client may write. On disk before it can: no changed device passes for a base.
                 present = replace(present, content_id=None)
                 self.catalog.apply([Put(present)])
-            device = self._device(present)
+            device = self.device(present)
             device.contexts = self.relatives(present)
             return device.open(self.lazy.of(present))
 
@@ -524,7 +426,7 @@ class Pool:
                 raise NoSuchDevice(name, str(self.location))
             if not is_lazy(entry):
                 raise NotBeingPulled(name)
-            self._require_idle(entry)
+            self.require_idle(entry)
             self.delete_entry(entry)
 
     def pull_state(self, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def roll_back(pool: Pool, name: str, snapshot: str, keep: str | bool | None) -> 
     entry, source = pool._entry(name), pool._entry(snapshot)
     if entry.device_id == source.device_id:
         raise DeviceExists(name)
-    pool._require_idle(entry)
+    pool.require_idle(entry)
     pool.lazy.require_whole(entry)
     pool.lazy.require_whole(source)
     fresh = CatalogEntry(
@@ -34,7 +34,7 @@ def roll_back(pool: Pool, name: str, snapshot: str, keep: str | bool | None) -> 
     fresh = replace(fresh, made_in=pool.engine.metadata.transaction_id)
     changes: list[Put | Drop] = []
     if keep is False:
-        changes = [Drop(entry.device_id), *pool._reparented(name, name)]
+        changes = [Drop(entry.device_id), *pool.changes.reparented(name, name)]
     else:
         kept = keep if isinstance(keep, str) else _kept_name(pool, name)
         pool._new_name(kept)
@@ -44,8 +44,8 @@ def roll_back(pool: Pool, name: str, snapshot: str, keep: str | bool | None) -> 
     # In a transaction of its own there is always room for the deletion.
     pool.engine.commit()
     moving = pool.reserved.moving(entry, fresh, old_is_deleted=keep is False)
-    with moving, pool._step([*changes, Put(fresh)]):
-        pool._device(source).take_point_in_time(fresh.device_id, replacing=keep is False)
+    with moving, pool.changes.step([*changes, Put(fresh)]):
+        pool.device(source).take_point_in_time(fresh.device_id, replacing=keep is False)
         if keep is False:
             replace_tree(pool, entry)
     pool.engine.forget(entry.device_id)
@@ -55,7 +55,7 @@ def roll_back(pool: Pool, name: str, snapshot: str, keep: str | bool | None) -> 
 def replace_tree(pool: Pool, entry: CatalogEntry) -> None:
     """Delete a tree in a step that made another; a step half done must never be committed."""
     try:
-        pool._delete_tree(entry)
+        pool.delete_tree(entry)
     except Exception as error:
         pool.engine.poison(error)
         raise

@@ -129,12 +129,12 @@ class Transfers:
             receiving=state.to_text(),
             made_in=pool.engine.metadata.transaction_id,
         )
-        with pool._step([Put(entry)]):
+        with pool.changes.step([Put(entry)]):
             if base is None:
                 with pool.engine.changing_tree():
                     pool.engine.metadata.create_device(entry.device_id)
             else:
-                pool._device(base).take_point_in_time(entry.device_id)
+                pool.device(base).take_point_in_time(entry.device_id)
         return self._sized(entry, state)
 
     def resumed(self, entry: CatalogEntry, state: ReceivingState) -> CatalogEntry:
@@ -149,7 +149,7 @@ class Transfers:
     def _sized(self, entry: CatalogEntry, state: ReceivingState) -> CatalogEntry:
         """The hidden device at its final size: an increment may be longer or shorter than its base."""
         if entry.size_bytes != state.size_bytes:
-            self._pool.set_size(entry, state.size_bytes)
+            self._pool.sizes.set_size(entry, state.size_bytes)
             return replace(entry, size_bytes=state.size_bytes, content_id=None)
         return entry
 
@@ -175,7 +175,7 @@ class Transfers:
         target = self._pool.catalog.by_name(wanted.name)
         if target is None or target.receiving is not None:
             return
-        self._pool._require_idle(target)
+        self._pool.require_idle(target)
         if wanted.base_content_id is not None:
             raise TargetDiverged(wanted.name, wanted.base_content_id, target.content_id or "")
 
@@ -184,7 +184,7 @@ class Transfers:
         target = self._pool.catalog.by_name(wanted.name)
         if target is None:
             return None
-        self._pool._require_idle(target)
+        self._pool.require_idle(target)
         self._pool.lazy.require_whole(target)
         if wanted.base_content_id is None:
             raise DeviceExists(wanted.name)
@@ -210,7 +210,7 @@ class Transfers:
         """A session on the hidden device."""
         pool = self._pool
         with pool.engine.transaction:
-            session = pool._device(entry).open()
+            session = pool.device(entry).open()
         try:
             yield session
         finally:
@@ -235,7 +235,7 @@ class Transfers:
             state = ReceivingState.from_text(entry.receiving or "")
             replaced = pool.catalog.by_name(state.target)
             if replaced is not None:
-                pool._require_idle(replaced)
+                pool.require_idle(replaced)
                 if replaced.uuid != state.replaces or replaced.content_id != state.base_content_id:
                     raise TargetDiverged(state.target, state.base_content_id or "", replaced.content_id or "")
             whole = self._whole(entry, state, replaced)
@@ -247,7 +247,7 @@ class Transfers:
                 # In a transaction of its own there is always room for the deletion.
                 pool.engine.commit()
                 moving = pool.reserved.moving(replaced, whole, old_is_deleted=True)
-                with moving, pool._step([Drop(replaced.device_id), Put(whole)]):
+                with moving, pool.changes.step([Drop(replaced.device_id), Put(whole)]):
                     replace_tree(pool, replaced)
                 pool.engine.forget(replaced.device_id)
             pool.engine.forget(entry.device_id)
@@ -287,8 +287,8 @@ class Transfers:
             entry = found[0]
             if entry.device_id in self._written:
                 raise DeviceInUse(entry.name, 1)
-            with pool._step([Drop(entry.device_id)]):
-                pool._delete_tree(entry)
+            with pool.changes.step([Drop(entry.device_id)]):
+                pool.delete_tree(entry)
             pool.engine.forget(entry.device_id)
             pool.engine.reclaim()
 
@@ -326,8 +326,8 @@ class Transfers:
                 content_id=entry.content_id or new_identity(),
                 made_in=pool.engine.metadata.transaction_id,
             )
-            with pool._step([Put(made)]):
-                pool._device(entry).take_point_in_time(made.device_id)
+            with pool.changes.step([Put(made)]):
+                pool.device(entry).take_point_in_time(made.device_id)
         return made
 
     def drop_frozen_copies(self) -> None:

@@ -97,7 +97,7 @@ def half_problem(entry: CatalogEntry, model: DeviceModel) -> str | None:
 
 def read_hidden(pool: Pool, entry: CatalogEntry) -> bytes:
     """The content of a device that is no export yet. What is missing of it is fetched."""
-    session = pool._device(entry).open(pool.lazy.of(entry))
+    session = pool.device(entry).open(pool.lazy.of(entry))
     try:
         return bytes(session.read_bytes(0, entry.size_bytes))
     finally:

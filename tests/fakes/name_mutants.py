@@ -10,6 +10,8 @@ from metadata.pool_metadata import PoolMetadata
 from tests.fakes.mutation import instead as _instead
 from tests.fakes.simulated_disk import SimulatedCatalog
 from thinpool.catalog import Catalog, Put
+from thinpool.device_sizes import DeviceSizes
+from thinpool.named_changes import NamedChanges
 from thinpool.pool import Pool
 
 
@@ -70,7 +72,7 @@ def catalogue_written_in_two_steps() -> AbstractContextManager[object]:
 
 
 def rename_forgets_the_snapshots() -> AbstractContextManager[object]:
-    return _instead(Pool, "_reparented", lambda self, origin, new_origin: [])
+    return _instead(NamedChanges, "reparented", lambda self, origin, new_origin: [])
 
 
 def rollback_in_two_steps() -> AbstractContextManager[object]:
@@ -89,19 +91,20 @@ def rollback_in_two_steps() -> AbstractContextManager[object]:
 @contextmanager
 def shrink_zeroes_first() -> Iterator[None]:
     def cut(self, entry, size_bytes: int) -> None:  # noqa: ANN001
-        end = -(-size_bytes // self.block_bytes)
-        tail = min(end * self.block_bytes, entry.size_bytes) - size_bytes
+        pool = self._pool
+        end = -(-size_bytes // pool.block_bytes)
+        tail = min(end * pool.block_bytes, entry.size_bytes) - size_bytes
         if tail:
-            session = self._device(entry).open()
+            session = pool.device(entry).open()
             session.zero(size_bytes, tail, keep_allocated=False, fast_only=False)
             session.close()
-        with self._step([Put(replace(entry, size_bytes=size_bytes))]):
-            last = max(end, -(-entry.size_bytes // self.block_bytes))
-            self._device(entry).unmap(end, last, with_the_step=True)
+        with pool.changes.step([Put(replace(entry, size_bytes=size_bytes))]):
+            last = max(end, -(-entry.size_bytes // pool.block_bytes))
+            pool.device(entry).unmap(end, last, with_the_step=True)
 
-    with _instead(Pool, "_cut", cut):
+    with _instead(DeviceSizes, "_cut", cut):
         yield
 
 
 def growth_shows_the_old_tail() -> AbstractContextManager[object]:
-    return _instead(Pool, "_clear_past_end", lambda self, entry: None)
+    return _instead(DeviceSizes, "_clear_past_end", lambda self, entry: None)

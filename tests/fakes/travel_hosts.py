@@ -143,7 +143,7 @@ class Host:
         model = self.models[name]
         remote = self.missing(name)
         found = {number: content for number, content in model.remote.items() if number in remote}
-        device = self.pool._device(self.entry(name))
+        device = self.pool.device(self.entry(name))
         plain = Session(device)
         for number in self.mapped(name):
             found[number] = bytes(plain.read_bytes(number * model.block_bytes, model.block_bytes))
