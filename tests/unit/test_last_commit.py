@@ -18,20 +18,23 @@ from metadata import (
     recount,
     repair,
 )
+from metadata.commit_clues import CommitClues
 from metadata.last_commit import find_last_commit
+from metadata.transaction import Transaction
 from tests.fakes.dump_texts import our_dump
 from tests.fakes.metadata_edits import Image
 
 BLOCKS = 300
 DATA_BLOCKS = 20_000
+COMMITS = 100
 Change = Callable[["History"], None]
 
 
 class History:
     """A pool in the making; data blocks are handed out upwards, as the engine and the kernel do."""
 
-    def __init__(self) -> None:
-        self.store = MemoryStore(BLOCKS)
+    def __init__(self, blocks: int = BLOCKS) -> None:
+        self.store = MemoryStore(blocks)
         format_pool(self.store, data_block_sectors=128, data_blocks=DATA_BLOCKS)
         self.pool = PoolMetadata.open(self.store)
         self._next = 0
@@ -194,3 +197,35 @@ def test_of_a_file_that_was_cut_off_the_whole_devices_come_back():
     report, _ = repaired(cut)
     complete = {each.device: each.mapped_blocks for each in report.devices if not each.lost}
     assert complete == {1: 2000}
+
+
+def test_of_a_hundred_commits_the_last_is_found(monkeypatch: pytest.MonkeyPatch):
+    """As newer kernels do it: metadata is taken onwards from the last block, so hundreds of commits stay whole."""
+    listed = Transaction._list_free
+    taken = [-1]
+
+    def onwards(self: Transaction, chunk: int) -> list[int]:
+        free = listed(self, chunk)
+        return [location for location in free if location > taken[0]] or free
+
+    def allocate(self: Transaction) -> int:
+        taken[0] = self._next_free()
+        self.counts.change(taken[0], 1)
+        self._fresh.add(taken[0])
+        self._cache.forget(taken[0])
+        self.taken += 1
+        return taken[0]
+
+    monkeypatch.setattr(Transaction, "_list_free", onwards)
+    monkeypatch.setattr(Transaction, "allocate", allocate)
+    made = History(blocks=1800)
+    made.pool.create_device(1)
+    for begin in range(0, 30 * COMMITS, 30):
+        made.write(1, begin, begin + 20)
+        made.pool.remove(1, begin // 2, begin // 2 + 5)
+        made.pool.commit()
+    damaged = lost(bytes(made.store.image), 0)
+    assert len(CommitClues(damaged).indexes) > COMMITS - 5
+    target = MemoryStore(1800)
+    repair(damaged, target, Known(128, DATA_BLOCKS))
+    assert mappings(our_dump(target)) == mappings(our_dump(made.store))
