@@ -191,6 +191,9 @@ class Candidates:
                     break
         if not self._sizes_agree(state):
             state.records = None
+        numbers = set() if state.records is None else set(state.records.keys.tolist())
+        if state.roots is not None and state.counts is not None and numbers - state.devices().keys():
+            state.roots, state.doubted = None, state.roots  # an entry is missing, which other lists may have
 
     def _sizes_agree(self, state: CommitCandidate) -> bool:
         """Whether every tree that is whole has the size that its record says."""
@@ -263,13 +266,23 @@ class Candidates:
         found = found & counted - {*state.place, SUPERBLOCK_LOCATION}
         if len(counted - clues.intact) > state.place.count(_NOWHERE):
             return found  # nodes that no tree leads to may have been led to by what cannot be read
-        roots = [*state.devices().values()]
+        roots = [*state.devices().values(), *self._left_out(state)]
         roots += [root for tree in clues.lists if tree.root in held for root in tree.values.tolist()]
         listed = clues.list_blocks
         reached = {block for root in roots for block in self.trees.of(root).reached}
         return found | {
             block for block in clues.nodes & counted if block not in listed and block not in reached
         }
+
+    def _left_out(self, state: CommitCandidate) -> list[int]:
+        """Roots that its list should name and does not: other lists do, or a record without a root fits them."""
+        assert state.counts is not None
+        known = state.devices()
+        named = {root for tree in self.clues.lists for root in tree.values.tolist()}
+        missing = [] if state.records is None else set(state.records.keys.tolist()) - known.keys()
+        sizes = {record[0] for device in missing if (record := state.record(device)) is not None}
+        tops = roots_counted(self.clues, state.counts).keys() - set(known.values())
+        return [root for root in tops if root in named or self.trees.of(root).entries in sizes]
 
     def _not_what_the_superblock_says(self, state: CommitCandidate) -> set[int]:
         """Roots that a superblock names and that hold something else."""

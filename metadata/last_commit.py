@@ -94,7 +94,7 @@ def superblock_of(found: LastCommit, data_block_sectors: int) -> Superblock:
         fields = (0, 0, bytes(16), SUPERBLOCK_MAGIC, SUPERBLOCK_VERSION, 0, 0, 0)
         base = Superblock(*fields, nothing, nothing, 0, 0, data_block_sectors, 0, 0, 0, 0, 0)
     own = state is not None and state.superblock is not None and state.superblock == base
-    roots = None if state is None or state.named else state.roots
+    roots = None if state is None else state.doubted if state.named else state.roots
     records = None if state is None else state.records
     mapping_root = roots.root if roots is not None else base.mapping_root if own else nowhere
     details_root = records.root if records is not None else base.details_root if own else nowhere

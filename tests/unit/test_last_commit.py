@@ -140,6 +140,22 @@ def test_superblock_and_a_list_lost(which: str):
     assert mappings(text) == mappings(our_dump(MemoryStore(made.images[-1])))
 
 
+@pytest.mark.parametrize("superblock_too", [False, True])
+def test_a_list_that_lost_an_entry_is_not_of_an_earlier_commit(superblock_too: bool):
+    made = history(snapshot=True, last=LAST["discards"])
+    damaged = Image(made.images[-1])
+    place = damaged.superblock.mapping_root
+    node = damaged.node(place)
+    damaged.set_node(place, node.keys[1:], node.values[1:])
+    if superblock_too:
+        damaged.put(0, bytes(4096))
+    report, text = repaired(damaged)
+    assert mappings(text) == mappings(our_dump(MemoryStore(made.images[-1])))
+    assert {each.device: each.outcome for each in report.devices}[2] is (
+        Outcome.GUESSED if superblock_too else Outcome.WHOLE
+    )
+
+
 def test_superblock_and_space_map_lost():
     made = history(snapshot=True, last=LAST["discards"])
     superblock = Superblock.unpack(made.images[-1][:4096])
