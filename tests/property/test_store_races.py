@@ -17,6 +17,7 @@ import pytest
 
 from tests.fakes.store_source import FakeDevice, FakeSnapshot, restored
 from thinpool.errors import StoreDamaged, StoreUnreachable
+from thinpool.lazy_devices import PullRequest, _held
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool_location import PoolLocation
 from thinpool.store.backends import PARTIAL_SUFFIX, open_objects
@@ -474,3 +475,24 @@ def test_verifying_beside_pushes_and_forgetting_sees_no_faults(monkeypatch: pyte
     monkeypatch.setattr(store, "decoded", forgotten_meanwhile)
     report = Verification(store, read_data=True).run()
     assert (report.snapshots, report.faults, report.damaged_packs) == (1, [], set())
+
+
+def test_a_pull_holds_what_the_name_stands_for_now() -> None:
+    """Between a pull's look and its hold the snapshot is forgotten and collected, and another one gets its name."""
+    url = f"memory://{secrets.token_hex(8)}"
+    store = Store.open(url, create=True)
+    seen = []
+    for number in range(2):
+        device = FakeDevice(4 * MIB)
+        device.write(3, b"content %d" % number)
+        snapshot = device.snapshot()
+        Push(store, snapshot, "s", KnownChunks(None)).run()
+        seen.append(store.snapshot("s"))
+        if not number:
+            store.forget("s")
+            collect(store, grace_seconds=0)
+            assert not store.packs()
+    held, origin = _held(store, seen[0], PullRequest(url=url, snapshot="s", name="d"))
+    assert held.encode() == seen[1].encode()
+    assert [key for key, _ in store.held()] == [origin.root]
+    assert restored(SnapshotReader(store, held)) == _expected(snapshot)

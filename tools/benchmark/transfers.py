@@ -104,12 +104,25 @@ class Trip:
             subprocess.run(command, stdin=stdin, stdout=stdout, env=ENVIRONMENT, check=True)
             return time.perf_counter() - begun
 
-    def received(self, level: int) -> float:
-        """Receive a full stream into a fresh pool; seconds."""
+    def received(self, level: int, *, served: bool = False) -> float:
+        """Receive a full stream into a fresh pool, idle or served; seconds, without starting the server."""
         target = self._fresh()
-        seconds = self.run("receive", target, "mon", source=self.streams[level])
-        shutil.rmtree(target)
-        return seconds
+        if served:
+            self.run("serve", target, "--detach")
+        try:
+            return self.run("receive", target, "mon", source=self.streams[level])
+        finally:
+            if served:
+                self.run("stop", target)
+            shutil.rmtree(target)
+
+    def sent_while_served(self) -> float:
+        """Send without compression from the pool while it is served; seconds, without starting the server."""
+        self.run("serve", self.pool, "--detach")
+        try:
+            return self.run("send", self.pool, "mon", "--compress", 0)
+        finally:
+            self.run("stop", self.pool)
 
     def brought_forward(self) -> float:
         """Receive the increment into a pool that has its base; seconds."""
@@ -143,6 +156,9 @@ def cells(trip: Trip) -> dict[str, Callable[[], float]]:
         "`send` (zstd, level 1), to /dev/null": lambda: trip.run("send", trip.pool, "mon"),
         "`receive`, not compressed": lambda: trip.received(0),
         "`receive` (zstd)": lambda: trip.received(1),
+        "`send`, `--compress 0`, from a served pool": trip.sent_while_served,
+        "`receive`, not compressed, into a served pool": lambda: trip.received(0, served=True),
+        "`receive` (zstd) into a served pool": lambda: trip.received(1, served=True),
         "`send -i`, 1 % changed, to /dev/null": lambda: trip.run("send", trip.pool, "tue", "-i", "mon"),
         "`receive` of that increment": trip.brought_forward,
         "nbdcopy from our server to null": lambda: trip.copied(["nbdcopy", "URI", "null:"]),
