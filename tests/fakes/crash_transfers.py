@@ -15,12 +15,13 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from random import Random
 from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
+from bitarray import bitarray
 
 from metadata import MetadataFull
 from tests.fakes import crash_steps as steps
@@ -43,6 +44,7 @@ from tests.fakes.transfer_steps import BeginPull, BeginReceiving, Complete, Fini
 from tests.fakes.travelling_snapshots import Day, TravellingSnapshots
 from thinpool import hydration, lazy_device, lazy_devices, receiving, remote_blocks
 from thinpool.catalog import CatalogEntry
+from thinpool.engine import CHUNK_COST_BLOCKS
 from thinpool.errors import (
     BaseMissing,
     DeviceExists,
@@ -54,6 +56,7 @@ from thinpool.errors import (
     TargetDiverged,
     TooLittleFree,
 )
+from thinpool.lazy_device import LazyDevice
 from thinpool.lazy_devices import PullRequest, is_lazy
 from thinpool.receiving import ReceiveOptions, receive
 from thinpool.receiving_state import ReceivingState
@@ -62,6 +65,7 @@ from thinpool.store.objects import Objects
 from thinpool.transfers import HIDDEN_SUFFIX, Transfers
 
 AT_ONCE, NEVER = -1.0, 1e9
+ROOM_BLOCKS = 3
 # What a transfer may be answered; what is left behind then is the oracle's business.
 ANSWERS = (
     BaseMissing,
@@ -192,7 +196,7 @@ class TransferScenario(Scenario):
     ) -> None:
         self.travelling = self.days = days
         self._hexes = Hexes(first_number)
-        self._checkpoint_seconds = random.choice((AT_ONCE, NEVER))
+        self._checkpoint_seconds = random.choice((AT_ONCE, AT_ONCE, NEVER))
         self._note_seconds = random.choice((AT_ONCE, AT_ONCE, NEVER))
         self._meddling = False
         super().__init__(disk, random, nbd=nbd, world=world, first_number=first_number)
@@ -374,6 +378,9 @@ class TransferScenario(Scenario):
         if self.random.random() < 0.4:
             objects.refuse_after = self.random.randrange(12)
         objects.under_way = lambda key: self._meddle(key, name, model)
+        alone = self.disk.before is None
+        if alone:
+            self.disk.before = lambda operation, count: self._read_while_flushing(lazy, operation, count)
         try:
             hydration.hydrate(lazy, threading.Event())
         except (StoreRefused, hydration.StoppedError) as error:
@@ -381,9 +388,29 @@ class TransferScenario(Scenario):
             return
         finally:
             objects.under_way, objects.refuse_after = lambda _: None, None
+            if alone:
+                self.disk.before = None
         if self.oracle.world.get(name) is not None and self.oracle.world[name].number == model.number:
             with self.marked(Complete(name)):
                 self.pool.lazy.complete(entry)
+
+    def _read_while_flushing(self, lazy: LazyDevice, operation: str, count: int) -> int:
+        """While a commit waits for the disk, a reader has another block fetched; nothing keeps it from that."""
+        engine = self.pool.engine
+        remote = [block for block in lazy.remote.bits.search(bitarray("1")) if block not in lazy._flying]
+        # Where space had to be made, the reader would wait for the end of the commit.
+        roomy = engine.free.free_blocks > ROOM_BLOCKS and engine._room_blocks >= CHUNK_COST_BLOCKS
+        flushing = operation in ("data flush", "metadata flush")
+        if flushing and remote and roomy and not self._meddling and self.random.random() < 0.3:
+            self._meddling = True
+            try:
+                block = self.random.choice(remote)
+                self.text[-1] += f" [read {block}]"
+                with suppress(OSError):
+                    lazy.ensure_local(block, block + 1)
+            finally:
+                self._meddling = False
+        return count
 
     def abort_pull(self) -> None:
         name = self.random.choice(self._halves(streamed=False))

@@ -58,6 +58,7 @@ from tests.fakes.name_mutants import (
     transaction_id_not_moved,
 )
 from tests.fakes.transfer_mutants import (
+    bits_copied_after_the_commit,
     complete_before_durable,
     discards_not_recorded,
     fetched_over_newer_content,
@@ -224,6 +225,12 @@ MUTANTS = [
     Mutant(
         discards_not_recorded,
         "forgets discards of blocks that are still in the store",
+        20_000,
+        kind=TRANSFERS,
+    ),
+    Mutant(
+        bits_copied_after_the_commit,
+        "records blocks as fetched that came while it committed",
         20_000,
         kind=TRANSFERS,
     ),
