@@ -201,6 +201,7 @@ MUTANTS = [
         noted_with_an_old_row,
         "notes progress with a row from before its base was renamed",
         20_000,
+        first_seed=4,
         kind=TRANSFERS,
     ),
     Mutant(replaced_in_two_steps, "moves the old replica out of the way first", 20_000, kind=TRANSFERS),

@@ -80,7 +80,9 @@ def written_device_passes_for_a_base() -> AbstractContextManager[object]:
 
 def fetched_said_before_durable() -> AbstractContextManager[object]:
     def checkpoint(self) -> None:  # noqa: ANN001
-        self.remote.checkpoint(self.remote.bits.copy())
+        with self.device.lock:
+            if not self.closed:
+                self.remote.checkpoint(self.remote.bits.copy())
         self._commit()
 
     return instead(LazyDevice, "checkpoint", checkpoint)
@@ -164,8 +166,14 @@ def list_removed_before_the_row_says_so() -> AbstractContextManager[object]:
 
 
 def hold_released_before_the_row_says_so() -> AbstractContextManager[object]:
+    def release(devices, lazy) -> None:  # noqa: ANN001
+        root = lazy.remote.origin.root
+        others = [other for other in devices._open.values() if other is not lazy]
+        if not any(other.remote.origin.root == root for other in others):
+            devices._release(lazy)
+
     def complete(self, entry) -> None:  # noqa: ANN001
-        _complete_by_hand(self, entry, LazyDevices._release)
+        _complete_by_hand(self, entry, release)
 
     return instead(LazyDevices, "complete", complete)
 
