@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.store_source import FakeDevice, restored
-from tests.fakes.transfer_pools import BLOCK, allocation, new_pool, stream_of, take_in, write
+from tests.fakes.transfer_pools import (
+    BLOCK,
+    allocation,
+    content,
+    new_pool,
+    stream_of,
+    take_in,
+    two_days,
+    write,
+)
 from tests.fakes.travel_hosts import watched_source
 from thinpool.errors import DeviceIncomplete
+from thinpool.hydration import hydrate
 from thinpool.lazy_devices import PullRequest
 from thinpool.pool import Pool
 from thinpool.store.fetching import SnapshotReader
@@ -110,3 +121,49 @@ def test_a_whole_base_is_taken_where_there_is_one_beside_a_lazy_one(store: Store
         theirs.begin_pull(PullRequest(store.url, "monday", "later", lazy=True, read_only=True))
         take_in(theirs, tuesday, "tuesday")
         assert allocation(theirs, "tuesday") == {0, 1}
+
+
+def test_what_needs_a_whole_device_is_refused_until_it_is_whole(store: Store, tmp_path: Path) -> None:
+    """Sending, being a base, being replaced, comparing, rolling back, a new size: by name, with nothing changed."""
+    with new_pool(tmp_path / "a") as ours, new_pool(tmp_path / "b") as theirs:
+        two_days(ours)
+        for name in ("mon", "tue"):
+            push(store, ours, name, KnownChunks(None))
+        take_in(theirs, stream_of(ours, "tue"), "whole")
+        increment = stream_of(ours, "tue", "mon")
+        theirs.begin_pull(PullRequest(store.url, "mon", "lazy", lazy=True, read_only=True))
+        theirs.create_snapshot("lazy", "clone")
+        attempts = {
+            "send": lambda: stream_of(theirs, "lazy"),
+            "send its clone": lambda: stream_of(theirs, "clone"),
+            "send on top of it": lambda: stream_of(theirs, "whole", "lazy"),
+            "receive on top of it": lambda: take_in(theirs, increment, "new"),
+            "receive in its place": lambda: take_in(theirs, increment, "lazy"),
+            "receive under its name": lambda: take_in(theirs, stream_of(ours, "mon"), "lazy"),
+            "push": lambda: push(store, theirs, "lazy", KnownChunks(None)),
+            "diff": lambda: theirs.diff("lazy", "whole"),
+            "roll back": lambda: theirs.rollback("clone", "whole"),
+            "roll back to it": lambda: theirs.rollback("whole", "lazy"),
+            "resize": lambda: theirs.resize("clone", MIB, shrink=True),
+        }
+        before = names(theirs)
+        for what, attempt in attempts.items():
+            with pytest.raises(DeviceIncomplete) as error:
+                attempt()
+            assert error.value.name in ("lazy", "clone"), what
+            assert names(theirs) == before, what
+        for name in ("lazy", "clone"):
+            lazy = theirs.lazy.of(theirs.catalog.by_name(name))
+            hydrate(lazy, threading.Event())
+            theirs.lazy.complete(theirs.catalog.by_name(name))
+        assert content(theirs, "clone") == content(theirs, "lazy") == content(ours, "mon")
+        take_in(theirs, increment, "lazy")
+        assert content(theirs, "lazy") == content(ours, "tue")
+        theirs.delete("lazy")
+        assert content(theirs, "clone") == content(ours, "mon")
+        theirs.rollback("clone", "whole", keep=False)
+        assert content(theirs, "clone") == content(ours, "tue")
+
+
+def names(pool: Pool) -> list[tuple[str, int]]:
+    return [(info.name, info.size_bytes) for info in pool.devices()]
