@@ -166,6 +166,7 @@ class DeviceLives:
             host.pool.commit()
             host.settle()
         self._leaked |= self.background
-        host.kill(self.place)
+        power_cut = self.chance.random() < 0.5
+        host.kill(self.place, power_cut=power_cut)
         host.check_all()
-        return "after a commit" if committed else ""
+        return f"{'by a power cut' if power_cut else ''}{', after a commit' if committed else ''}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -30,13 +30,22 @@ from thinpool.store.fetching import SnapshotReader
 from thinpool.store.keys import CHUNK_BYTES
 from thinpool.store.known_chunks import KnownChunks
 from thinpool.store.pushing import Push, SegmentWork
-from thinpool.store.segments import SEGMENT_CHUNKS
+from thinpool.store.segments import SEGMENT_CHUNKS, Place
 from thinpool.store.verifying import Verification
 
 MIB = 1 << 20
 BLOCK_SIZES = [CHUNK_BYTES, CHUNK_BYTES, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES, 4 * CHUNK_BYTES, MIB]
 TRAVELS = {"push": 7, "forget": 2, "collect": 2, "verify": 1, "lose_cache": 1, "send": 2, "pull": 2}
-LAZY = {"pull_lazily": 7, "hydrate": 5, "use_lazily": 24, "fork": 4, "away": 3, "back": 5, "refused": 4}
+LAZY = {
+    "pull_lazily": 7,
+    "hydrate": 5,
+    "use_lazily": 24,
+    "overtake": 9,
+    "fork": 4,
+    "away": 3,
+    "back": 5,
+    "refused": 4,
+}
 
 
 class PushedAnew(Push):
@@ -289,6 +298,8 @@ class TravelHistory(DeviceLives):
             complete = False
         self._leaked |= complete and self.place.is_away
         host.check(name)
+        if not complete and self.chance.random() < 0.5:
+            self._step(host, "kill")  # what is known to be here must be, also when nobody committed since
         return f"{name}{', complete' if complete else ''}"
 
     def _use_lazily(self, host: Host) -> str | None:
@@ -300,6 +311,36 @@ class TravelHistory(DeviceLives):
         done = self._changed(host, name, kind)
         host.check(name)
         return f"{kind} {done}"
+
+    def _overtake(self, host: Host) -> str | None:
+        """A block is changed while its old content is on its way from the store: the newer one stays."""
+        name = self._one_of([name for name in host.names(lazy=True, writable=True) if host.missing(name)])
+        if name is None or self.place.is_away or self.background:
+            return None
+        lazy, model = host.pool.lazy.of(host.entry(name)), host.models[name]
+        assert lazy is not None
+        reader = lazy.reader(1)
+        asked, unit = reader.fetch, host.block_bytes
+        number = self.chance.choice(sorted(host.missing(name)))
+        at, length = number * unit, model.inside(number)
+        change = self.chance.choice(["write", "zero", "zero and keep", "discard"])
+
+        def overtaken(places: Iterable[Place], found: Callable[[Place, bytes], None]) -> None:
+            asked(places, found)
+            if change == "write":
+                host.write(name, at, self._content(length))
+            elif change == "discard":
+                host.trim(name, at, length)
+            else:
+                host.zero(name, at, length, keep=change == "zero and keep")
+
+        reader.fetch = overtaken  # type: ignore[method-assign]
+        try:
+            lazy.fetch(range(number, number + 1), reader)
+        finally:
+            del reader.fetch
+        host.check(name)
+        return f"{change} {name} {at}+{length}"
 
     def _fork(self, host: Host) -> str | None:
         origin = self._one_of(host.names(lazy=True))

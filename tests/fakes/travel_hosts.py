@@ -63,10 +63,10 @@ class Host:
         for model in self.models.values():
             model.settle()
 
-    def kill(self, place: StorePlace) -> None:
+    def kill(self, place: StorePlace, *, power_cut: bool = False) -> None:
         """Go on with what the files hold at this instant, and take over what survived.
 
-        The killed process cannot reach the store any more: it must not release what its successor needs.
+        With `power_cut` without the journal, which helps after kills of the process only. The killed process cannot reach the store any more: it must not release what its successor needs.
         """
         killed = self.path.with_name(self.path.name + "-killed")
         with place.gone():
@@ -75,6 +75,9 @@ class Host:
             self.pool.lazy.stop_background()
             self.pool.close()
         shutil.rmtree(self.path)
+        journal = PoolLocation.directory(killed).journal_path
+        if power_cut and journal is not None:
+            journal.unlink(missing_ok=True)
         killed.rename(self.path)
         background, self._background = self._background, False
         self._open()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -15,16 +16,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.device_model import ModelDevice
+from tests.fakes.store_place import StorePlace
 from tests.fakes.transfer_pools import WORK
 from tests.fakes.travel_history import TravelHistory
+from tests.fakes.travel_hosts import Host, watched_source
 from thinpool import hydration, lazy_device
+from thinpool.lazy_devices import PullRequest
 from thinpool.store import keys, objects
+from thinpool.store.keys import CHUNK_BYTES
+from thinpool.store.pushing import Push
 
 pytest.importorskip("obstore", reason="needs the package obstore")
 
 # Each of them found a fault that was put in on purpose, or one that was there.
 SEEDS = (5, 7, 12, 32)
-LAZY_SEEDS = (100, 105, 112, 121)
+LAZY_SEEDS = (100, 103, 105, 112, 121)
 
 
 @pytest.fixture
@@ -57,8 +64,36 @@ def test_histories_through_a_store(work: Path) -> None:
 
 def test_histories_of_lazy_devices(work: Path) -> None:
     counts = run(work, LAZY_SEEDS, 80, lazily=True)
-    assert min(counts[kind] for kind in ("pull_lazily", "use_lazily", "hydrate", "fork", "refused")) > 3
+    assert (
+        min(counts[kind] for kind in ("pull_lazily", "use_lazily", "overtake", "hydrate", "fork", "refused"))
+        > 3
+    )
     assert counts["refused while the store is away"]
+
+
+def test_a_block_that_is_known_to_be_here_survives_a_power_cut(work: Path) -> None:
+    """Its mapping is durable before the list of remote blocks says that it need not be fetched."""
+    place = StorePlace(work)
+    source, target = Host(work / "source", CHUNK_BYTES), Host(work / "target", CHUNK_BYTES)
+    try:
+        source.pool.create_device("disk", 64 * CHUNK_BYTES)
+        source.models["disk"] = ModelDevice(64 * CHUNK_BYTES, CHUNK_BYTES)
+        source.write("disk", 0, random.Random(1).randbytes(32 * CHUNK_BYTES))
+        source.snapshot("disk", "image", read_only=True)
+        with watched_source(source.pool, "image") as watched:
+            Push(place.store, watched, "image", source.known).run()
+        target.pool.begin_pull(PullRequest(place.url, "image", "copy", lazy=True))
+        target.models["copy"] = ModelDevice.pulled(source.models["image"], CHUNK_BYTES)
+        target.settle()
+        assert not target.hydrate("copy", 1)
+        assert 0 < len(target.missing("copy")) < 32
+        target.kill(place, power_cut=True)
+        target.check("copy")
+        assert target.hydrate("copy")
+        target.check("copy")
+    finally:
+        source.close()
+        target.close()
 
 
 @pytest.mark.deep
