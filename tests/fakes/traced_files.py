@@ -80,6 +80,10 @@ def _call(name: str, arguments: str) -> Call | None:
             return Call("write", path, data=texts[0], offset=numbers[-1])
         case "ftruncate":
             return Call("size", path, offset=numbers[-1])
+        case "fallocate" if "FALLOC_FL" not in arguments:
+            # Space set aside for metadata, which changes no byte, or for the journal, whose length is of no interest:
+            # it is not believed after a cut.
+            return None
         case "fallocate":
             return Call("zero", path, data=bytes(numbers[-1]), offset=numbers[-2])
         case "fsync" | "fdatasync":
