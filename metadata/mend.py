@@ -86,6 +86,17 @@ def mend(store: BlockStore) -> list[Problem]:
     return recount(store)
 
 
+def set_times_right(store: BlockStore) -> list[int]:
+    """Raise snapshot times by which the kernel would write into shared blocks; of these devices, ascending.
+
+    What else is wrong stays. Raises as `mend`.
+    """
+    wrong = [problem for problem in recount(store) if problem.fault is Fault.SHARED_AS_OWN]
+    if wrong:
+        _correct_records(store, wrong)
+    return sorted(problem.affects[0].device for problem in wrong)
+
+
 def clear_needs_check(store: BlockStore) -> None:
     """Clear the flag that keeps a pool from being activated. Raises as `mend`."""
     superblock = read_superblock(store)

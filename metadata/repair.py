@@ -28,6 +28,7 @@ from .layout import (
     U64Array,
 )
 from .lost_nodes import LostNodes
+from .mend import set_times_right
 from .pool_build import BuildReport, PoolBuilder, PoolFields
 from .problems import Fault, Severity
 from .recount import recount
@@ -95,7 +96,13 @@ def repair(source: BlockStore, target: BlockStore, known: Known | None = None) -
         MetadataFull: the target is too small.
         OSError: the target cannot be written. What cannot be read of the source is lost, not an error.
     """
-    return _Repair(source, known or Known()).run(target)
+    report = _Repair(source, known or Known()).run(target)
+    corrected = set_times_right(target)
+    remarks = [
+        f"device {device}: its record was older than its mappings; its time of the last snapshot is set anew"
+        for device in corrected
+    ]
+    return replace(report, remarks=(*report.remarks, *remarks))
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from metadata import Known, MemoryStore, Outcome, RepairReport, SuperblockLost, recount, repair
+from metadata import Fault, Known, MemoryStore, Outcome, RepairReport, SuperblockLost, recount, repair
 from tests.fakes.dump_texts import our_dump
 from tests.fakes.metadata_edits import Image
 from tests.unit.test_metadata_recount import POOL
@@ -84,6 +84,23 @@ def test_records_are_made_anew():
     mapped = [line for line in WHOLE.splitlines() if "_mapping" in line]
     assert [line for line in text.splitlines() if "_mapping" in line] == mapped
     assert any("record" in remark for remark in report.remarks)
+
+
+def test_a_record_that_is_older_than_the_snapshots_is_not_carried_over():
+    """An old copy of the records, sound by itself: what came after it would be written into by the kernel."""
+
+    def turn_back(image: Image) -> None:
+        image.edit_values(
+            image.superblock.details_root, lambda values: values["snapshotted_time"].__setitem__(0, 0)
+        )
+
+    image = Image(POOL)
+    turn_back(image)
+    assert {problem.fault for problem in recount(image)} == {Fault.SHARED_AS_OWN}
+    report, text = repaired(turn_back)
+    assert text == WHOLE.replace('snap_time="2"', 'snap_time="1"', 1)
+    assert report.lossless
+    assert any("device 1" in remark and "last snapshot" in remark for remark in report.remarks)
 
 
 def test_both_lists_of_devices_lost():
