@@ -63,23 +63,20 @@ def _all(work: Path, left: int, seed: int, *, s3: bool) -> str:
                 left -= 1
             rounds.finish()
         except AssertionError as error:
-            _table(f"before that, seeds {first}..{seed - 1}", counts)
             return f"seed {seed}, round {rounds.totals.rounds}: {error}"
         for key, count in asdict(rounds.totals).items():
             counts[key] = counts.get(key, 0) + count
         shutil.rmtree(place)
-        print(
-            f"seed {seed}: {rounds.totals.rounds} rounds, {time.monotonic() - started:.0f} s since the start"
-        )
         seed += 1
+        _table(f"seeds {first}..{seed - 1} so far, {time.monotonic() - started:.0f} s", counts)
     seconds = time.monotonic() - started
-    _table(f"{'S3' if s3 else 'directory'}: seeds {first}..{seed - 1}, {seconds:.0f} s, no violation", counts)
+    print(f"{'S3' if s3 else 'directory'}: seeds {first}..{seed - 1}, {seconds:.0f} s, no violation")
     return ""
 
 
 def _table(title: str, counts: dict[str, int]) -> None:
     print(title)
-    print(*(f"{key.replace('_', ' ')}: {count:,}" for key, count in counts.items()), sep="\n")
+    print(*(f"{key.replace('_', ' ')}: {count:,}" for key, count in counts.items()), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
