@@ -121,18 +121,34 @@ class SpaceWatch:
             # The last metadata blocks are kept for commits and deletions.
             if level is self._metadata and self._pool.engine.metadata_is_small:
                 used = size
-            if level.full.crossed(used, size, 100):
-                self._tell(level, "full", used, size)
+            set_aside = self._set_aside(used, size) if level is self._data else 0
+            if level.full.crossed(min(used + set_aside, size), size, 100):
+                self._tell(level, "full", used, size, set_aside)
 
-    def _tell(self, level: _Level, what: str, used: int, size: int) -> None:
+    def _set_aside(self, used: int, size: int) -> int:
+        """Bytes that only devices with a reservation may take; where nothing else is left, as counted just now."""
+        engine, unit = self._pool.engine, self._pool.block_bytes
+        if not engine.free.promised or used + engine.free.promised * unit < size:
+            return engine.free.promised * unit
+        # From here on everybody else is refused, so it is the time to grow and to be exact.
+        with engine.transaction:
+            engine.reservations.measure(at_once=True)
+            if used + engine.free.promised * unit >= size and self._pool.growth.by_itself(
+                data=True, metadata=False
+            ):
+                return 0
+            return engine.free.promised * unit
+
+    def _tell(self, level: _Level, what: str, used: int, size: int, set_aside: int = 0) -> None:
         percent = 100 * used / size if size else 100.0
         log.warning(
-            "the %s of the pool is %.1f %% full: %s of %s used, %s free",
+            "the %s of the pool is %.1f %% full: %s of %s used, %s free%s",
             level.name,
             percent,
             iec(used),
             iec(size),
             iec(size - used),
+            f", of which {iec(set_aside)} are set aside for devices with a reservation" if set_aside else "",
         )
         pool, settings = self._pool, self._pool.settings
         if not settings.event_command:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import tempfile
 import time
@@ -112,6 +113,51 @@ def test_an_event_a_crossing(pool: Pool, tmp_path: Path, caplog: pytest.LogCaptu
         f"data-full data-full {where} {20 * BLOCK} out_of_data_space",
         f"data-low data-low {where} {20 * BLOCK} out_of_data_space",
     ]
+    session.close()
+
+
+def test_data_are_full_when_the_rest_is_set_aside(
+    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others are refused then: the event comes, the log says for whom the rest is, and both again after space came."""
+    pool.change_settings({"when-full": "error", "data-low-water": "off"})
+    pool.create_device("kept", 5 * BLOCK, reservation_bytes=5 * BLOCK)
+    events = Events(pool, tmp_path)
+    session = session_on(pool)
+    where = str(pool.location)
+    write(session, 0, 14)
+    events.look()
+    assert events.told(0) == []
+    write(session, 14, 1)
+    events.look()
+    events.look()
+    full = f"data-full data-full {where} {15 * BLOCK} rw"
+    assert events.told(1) == [full]
+    assert "320 KiB are set aside" in caplog.text
+    with pytest.raises(OSError) as refused:
+        write(session, 15, 1)
+    assert refused.value.errno == errno.ENOSPC
+    kept = session_on(pool, "kept")
+    write(kept, 0, 5)  # what it has counts towards its reservation, so the level is the same
+    kept.close()
+    events.look()
+    assert events.told(1) == [full]
+    session.trim(0, 3 * BLOCK)
+    events.look()
+    write(session, 0, 3)
+    events.look()
+    assert events.told(2)[1].startswith("data-full")
+    session.close()
+
+
+def test_a_pool_grows_before_others_are_refused_for_a_reservation(pool: Pool) -> None:
+    pool.change_settings({"autogrow-limit": str(40 * BLOCK), "data-low-water": "off"})
+    pool.create_device("kept", 5 * BLOCK, reservation_bytes=5 * BLOCK)
+    session = session_on(pool)
+    write(session, 0, 15)
+    pool.commit()
+    SpaceWatch(pool).look()
+    assert pool.status().data_bytes > 20 * BLOCK
     session.close()
 
 
