@@ -61,11 +61,11 @@ def transaction_id_not_moved() -> AbstractContextManager[object]:
 
 
 def catalogue_written_in_two_steps() -> AbstractContextManager[object]:
-    def apply(self, changes, *, forget_staged: bool) -> None:  # noqa: ANN001
+    def apply(self, changes, *, promoted: int | None = None) -> None:  # noqa: ANN001
         for change in changes:
-            original(self, [change], forget_staged=False)
-        if forget_staged:
-            self.discard_staged()
+            original(self, [change])
+        if promoted is not None:
+            original(self, [], promoted=promoted)
 
     original = Catalog._apply
     return _instead(SimulatedCatalog, "_apply", apply)
