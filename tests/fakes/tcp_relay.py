@@ -45,9 +45,13 @@ class TcpRelay:
         while True:
             try:
                 client, _ = listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 return  # closed by `go_away`
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                client.close()  # the server itself is gone
+                continue
             with self._lock:
                 if self._listener is not listener:
                     client.close()
