@@ -9,9 +9,9 @@ get, and returns when they are on disk. After the metadata commit `promote` move
 transaction. On opening, `recover` promotes what is stamped with exactly the id the superblock has and forgets the
 rest. Promoting twice has the same effect as once, so a kill at any point leaves one of two states.
 
-Durability: `journal_mode=DELETE` with `synchronous=EXTRA`. FULL would not do: it leaves the deletion of the journal
-in the directory unsynced, and a power cut could bring the journal back and undo a staged row whose metadata was
-committed.
+Durability: `journal_mode=PERSIST` with `synchronous=EXTRA`. A transaction is over when the head of the journal is
+overwritten with zeros and flushed; no name in a directory has to change for it, and no space to be found
+(`catalog_room.py`).
 
 All rows are kept in memory as well. Looking up is a dictionary access, safe from every thread; changes take a lock.
 """
@@ -27,6 +27,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from .catalog_room import take_room
 from .catalog_rows import (
     COLUMNS,
     COLUMNS_COUNT,
@@ -97,6 +98,7 @@ class Catalog:
             catalog = cls(_connect(_uri(Path(path))), str(path))
         with catalog._failing():
             catalog._initialise()
+            catalog._take_room()
         return catalog
 
     @classmethod
@@ -110,6 +112,8 @@ class Catalog:
             with catalog._failing():
                 catalog._verify()
                 catalog._load()
+                if writable:
+                    catalog._take_room()
         except BaseException:
             connection.close()
             raise
@@ -305,6 +309,10 @@ class Catalog:
                 [(*identities_of_first_version(row[1:]), row[0]) for row in rows],
             )
 
+    def _take_room(self) -> None:
+        if self._path != MEMORY:
+            take_room(self._connection, Path(self._path))
+
     def _load(self) -> None:
         rows = self._connection.execute(f"SELECT {COLUMNS} FROM device").fetchall()  # noqa: S608
         self._remember({row[0]: entry_of(row) for row in rows})
@@ -385,7 +393,7 @@ def _connect(target: str) -> sqlite3.Connection:
     )
     try:
         connection.execute("PRAGMA trusted_schema=OFF")  # the file may come from anywhere
-        connection.execute("PRAGMA journal_mode=DELETE")
+        connection.execute("PRAGMA journal_mode=PERSIST")
         connection.execute("PRAGMA synchronous=EXTRA")
     except BaseException:
         connection.close()

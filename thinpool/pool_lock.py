@@ -61,7 +61,7 @@ class PoolLock:
         """Let the pool go. Idempotent."""
         if self._note is not None:
             with suppress(OSError):  # the note is advice only; the lock itself goes with the descriptor
-                os.ftruncate(self._note, 0)
+                os.pwrite(self._note, b" " * NOTE_BYTES_MAX, 0)
             self._note = None
         descriptors, self._descriptors = self._descriptors, []
         _close_all(descriptors)
@@ -146,9 +146,13 @@ def _locking_process(descriptor: int) -> int:
 
 
 def _write_note(descriptor: int) -> None:
+    """Say who holds the lock. Always as long, so that on a full disk the next one finds its block there."""
     note = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, note.encode() + b"\n", 0)
+    try:
+        os.pwrite(descriptor, note.encode().ljust(NOTE_BYTES_MAX), 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the note is advice, and advice does not keep anybody from making room
 
 
 def _read_note(descriptor: int) -> tuple[int, str]:

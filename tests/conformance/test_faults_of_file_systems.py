@@ -236,3 +236,38 @@ def test_a_commit_finds_room_for_metadata_on_a_full_disk(disk: SmallDisk) -> Non
     pool.stop()
     pool.check_metadata()
     require_kept(pool, "a", {number: number for number in range(16 * MIB // BLOCK)})
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "idle"])
+def test_names_change_on_a_full_disk_so_that_deleting_makes_room(disk: SmallDisk, *, served: bool) -> None:
+    pool = serve(disk)
+    client = Client.connect(pool.uri("a"), timeout_seconds=20)
+    for number in range(100):
+        client.write(number * BLOCK, stamped(number))
+    client.flush()
+    pool.operate("snapshot", origin="a", name="a@mon")
+    client.trim(0, 100 * BLOCK)
+    client.flush()
+    client.close()
+    if not served:
+        pool.stop()
+    disk.fill(0)
+    full_bytes = disk.free_bytes()  # what ext4 keeps for itself
+    with pytest.raises(OSError, match="No space"):
+        (disk.place / "more").write_bytes(bytes(4096))
+    for number in range(20):
+        pool.command("snapshot", "b", f"b@{number}")
+    pool.command("rename", "b", "c")  # one row for the device and for each of its snapshots
+    pool.command("rollback", "c", "b@7")
+    for number in range(20):
+        pool.command("delete", f"b@{number}")
+    assert disk.free_bytes() < full_bytes + MIB
+    pool.command("delete", "a@mon")
+    assert disk.free_bytes() > full_bytes + 100 * BLOCK - MIB
+    assert pool.operate("status")["status"]["failure"] is None
+    if served:
+        pool.stop()
+    pool.check_metadata()
+    names = {device["name"] for device in pool.operate("list")["devices"]}
+    assert {"a", "c"} <= names
+    assert not any(name.startswith(("b", "a@")) for name in names)
