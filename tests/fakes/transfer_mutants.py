@@ -71,7 +71,7 @@ def written_device_passes_for_a_base() -> AbstractContextManager[object]:
     def open_session(self, entry):  # noqa: ANN001, ANN202
         with self.engine.transaction:
             present = self.catalog.by_name(entry.name)
-            device = self._device(present)
+            device = self.device(present)
             device.contexts = self.relatives(present)
             return device.open(self.lazy.of(present))
 
