@@ -51,7 +51,7 @@ def require_ended_well(pool: RunningPool, seconds: float = 20) -> None:
     assert pool.server.wait(seconds) == 0, pool.log()
     assert "Traceback" not in pool.log()
     left = {path.name for path in pool.path.iterdir()}
-    assert left == {"catalog", "data", "journal", "lock", "metadata"}
+    assert left == {"catalog", "catalog-journal", "data", "journal", "lock", "metadata"}
     assert not pool.socket.exists()
 
 

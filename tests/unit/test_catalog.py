@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from thinpool.catalog import Catalog, CatalogEntry, Drop, Put
+from thinpool.catalog_room import ROOM_BYTES, ROOM_BYTES_MIN
 from thinpool.errors import CatalogDamaged, DeviceExists
 
 DISK = CatalogEntry(1, "disk", 1 << 20, False, None, 1.5, {"a": "b"})
@@ -191,3 +193,30 @@ def test_a_catalogue_of_the_second_version_is_taken_over(tmp_path: Path):
     catalog.apply([Put(replace(entries[0], reservation_bytes=4096))])
     catalog.close()
     assert [entry.reservation_bytes for entry in reopened(path, 0)] == [4096, 0]
+
+
+def room_of(path: Path) -> tuple[int, int]:
+    """Bytes on free pages of a catalogue, and of its journal."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        (pages,) = connection.execute("PRAGMA freelist_count").fetchone()
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+    return pages * page_bytes, path.with_name("catalog-journal").stat().st_size
+
+
+def test_room_is_taken_beforehand_and_by_the_next_to_open(path: Path):
+    free_bytes, journal_bytes = room_of(path)
+    assert free_bytes >= ROOM_BYTES
+    assert journal_bytes >= ROOM_BYTES
+    catalog = Catalog.open(path)
+    catalog.apply([Put(replace(SNAP, device_id=number, name=f"s{number}")) for number in range(2, 900)])
+    assert room_of(path)[0] < ROOM_BYTES_MIN
+    catalog.close()
+    path.with_name("catalog-journal").unlink()  # a copy without it, or made before there was any room
+    catalog = Catalog.open(path)
+    assert len(catalog.entries()) == 899
+    assert catalog.settings() == {}
+    catalog.close()
+    assert min(room_of(path)) >= ROOM_BYTES_MIN
+    looked = Catalog.open(path, writable=False)
+    assert looked.entries() == reopened(path, 0)
+    looked.close()
