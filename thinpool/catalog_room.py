@@ -28,7 +28,7 @@ log = logging.getLogger("thinpool")
 def take_room(connection: sqlite3.Connection, path: Path) -> None:
     """See that a catalogue has room; where the disk is full by now it stays as it is. Raises sqlite3.Error."""
     try:
-        _lengthen_journal(path.with_name(path.name + "-journal"))
+        _lengthen_journal(connection, path.with_name(path.name + "-journal"))
         _free_pages(connection)
     except (OSError, sqlite3.Error) as error:
         if not _is_full(error):
@@ -43,17 +43,31 @@ def _is_full(error: Exception) -> bool:
     return bool(code == sqlite3.SQLITE_FULL)
 
 
-def _lengthen_journal(journal: Path) -> None:
-    """Nobody may be in a transaction. What a kill left in the journal was rolled back when the catalogue was read."""
-    try:
-        present = journal.stat().st_size
-    except FileNotFoundError:
-        present = 0
-    if present >= ROOM_BYTES:
+def _lengthen_journal(connection: sqlite3.Connection, journal: Path) -> None:
+    """What a kill left in the journal was rolled back when the catalogue was read."""
+    if _size_bytes(journal) >= ROOM_BYTES:
         return
+    # The lock of the pool keeps out our own kind, and this whoever looks into the file with another program: a journal
+    # that is in use must not be touched. Until we write a row SQLite has no use for it.
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        _append_zeros(journal)
+    finally:
+        connection.execute("ROLLBACK")
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _append_zeros(journal: Path) -> None:
     descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.pwrite(descriptor, bytes(ROOM_BYTES - present), present)
+        while (present := os.fstat(descriptor).st_size) < ROOM_BYTES:
+            os.pwrite(descriptor, bytes(ROOM_BYTES - present), present)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

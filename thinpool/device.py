@@ -264,11 +264,14 @@ class ThinDevice:
         """Drop the mappings of blocks [begin, end). Blocks come back after the next commit.
 
         `with_the_step`: it is done together with a change of names and sizes or not at all, also where the process is
-        killed or the commit fails. Nobody has the device open, and its object is dropped when the step is done.
+        killed or the commit fails. Nobody has the device open, and its object is dropped when the step is done. It is
+        the first change in its transaction, where there is room for one removal: a commit in between would split the
+        step. Raises MetadataFull all the same where the file system has no more.
         """
         engine = self.engine
         while begin < end:
-            until = min(end, begin + UNMAP_SLICE_BLOCKS) if end - begin > 2 * UNMAP_SLICE_BLOCKS else end
+            whole = with_the_step or end - begin <= 2 * UNMAP_SLICE_BLOCKS
+            until = end if whole else begin + UNMAP_SLICE_BLOCKS
             with engine.transaction:
                 engine.require_writable()
                 journal = None if with_the_step else engine.journal
@@ -277,20 +280,22 @@ class ThinDevice:
                 with self.lock:
                     # First into the tree: an entry that is unmapped here must not come back from there.
                     self.apply_pending()
-                    if self._remove(begin, until) and journal is not None:
+                    if self._remove(begin, until, may_commit=not with_the_step) and journal is not None:
                         journal.dropped(self.device_id, begin, until)
                     if not with_the_step:
                         self.block_map.unmap(begin, until)
             begin = until
         engine.committer.touch()
 
-    def _remove(self, begin: int, end: int) -> int:
+    def _remove(self, begin: int, end: int, *, may_commit: bool) -> int:
         """Remove from the tree; returns how many mappings went."""
         engine = self.engine
         try:
             with engine.changing_tree(), engine.reservations.settling(self.device_id):
                 return engine.metadata.remove(self.device_id, begin, end)
         except MetadataFull:
+            if not may_commit:
+                raise
             # Much was done in this transaction; in a new one there is room for a removal.
             engine.commit()
             with engine.changing_tree(), engine.reservations.settling(self.device_id):

@@ -58,6 +58,8 @@ class DeviceSizes:
         # `_lengthen` clears it before anybody can see it again.
         end = -(-size_bytes // self._pool.block_bytes)
         shorter = _resized(entry, size_bytes)
+        # In a transaction of its own there is always room for the removal.
+        self._pool.engine.commit()
         with self._pool.changes.step([Put(shorter)]):
             last = max(end, -(-entry.size_bytes // self._pool.block_bytes))
             self._pool.device(entry).unmap(end, last, with_the_step=True)

@@ -102,7 +102,7 @@ class Engine:
         # else that of the commit which failed, where its superblock is the one in the file all the same.
         self.tree_unknown = False
         self.failed_commit_counts = False
-        self._attempted: Superblock | None = None  # of the commit being written
+        self._attempted: Superblock | None = None  # of the commit that is going on
         self.free = FreeMap(metadata.unavailable_data(), self._scrub)
         self.reclaimer = Reclaimer(data, self.free, log)
         self.reservations = Reservations(self)
@@ -162,13 +162,17 @@ class Engine:
         """Around one change of the metadata in memory. `transaction` is held.
 
         What it refuses it has not begun; but where a block could not be read half of a change may be done, and
-        such a transaction must never be committed: the pool is poisoned.
+        such a transaction must never be committed: the pool is poisoned. So after an interrupt (Ctrl-C), which may come
+        anywhere, but that says nothing against the pool.
         """
         with self.tree:
             try:
                 yield
-            except (OSError, BlockDamaged, CountDamaged, ShortRead) as error:
+            except (OSError, MemoryError, BlockDamaged, CountDamaged, ShortRead) as error:
                 self.poison(error)
+                raise
+            except (KeyboardInterrupt, SystemExit):
+                self.abandon()
                 raise
 
     def collect(self) -> None:
@@ -202,10 +206,15 @@ class Engine:
         is the last committed one, and a flush that failed once is never asked again as though it had not.
         """
         try:
-            return self._commit(last_change)
+            report = self._commit(last_change)
         except Exception as error:
             self.poison(error)
             raise
+        except BaseException:
+            self.abandon()
+            raise
+        self._attempted = None
+        return report
 
     def _commit(self, last_change: Callable[[], None]) -> CommitReport | None:
         if last_change is nothing_more and self._only_data():
@@ -243,7 +252,6 @@ class Engine:
             self.metadata.write_commit(prepared)
             with self.tree:
                 report = self.metadata.finish_commit(prepared)
-            self._attempted = None
         if report is None and not len(fresh):
             return None  # nothing but data: what the next mapping may take has not changed either
         orphans = self._unreferenced(fresh)
@@ -287,6 +295,15 @@ class Engine:
         except (OSError, MetadataError) as second:
             self.failed_for_good = True
             self._log(f"needs_check could not be recorded: {second}")
+
+    def abandon(self) -> None:
+        """After an interrupt in the middle of a change: go on as though the process had been killed there.
+
+        Closing commits nothing then, and what had been answered before is left to the next opener, in the journal.
+        """
+        if self.failure is None:
+            self.tree_unknown = True
+            self.give_up(InterruptedError(errno.EINTR, "a change was interrupted"))
 
     def give_up(self, error: Exception) -> None:
         """Refuse every further change, because of `error`; what is on disk is in order."""

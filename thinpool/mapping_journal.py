@@ -221,8 +221,12 @@ class MappingJournal:
         self._set_base(self._witness.digest(superblock), 0)
 
     def about_to_lengthen(self) -> None:
-        """The metadata file is going to be longer, with the same superblock until the next commit."""
-        self._forget_time(self._area.number)
+        """The metadata file is going to be longer, with the same superblock until the next commit.
+
+        Also in the middle of one, when it is the older area that the superblock belongs to.
+        """
+        self._forget_time(0)
+        self._forget_time(1)
         self._write_headers()
 
     def _forget_time(self, area: int) -> None:

@@ -36,13 +36,17 @@ class NamedChanges:
             self._catalog.stage(number, changes)
             try:
                 yield
-            except BaseException:
+                if own_id:
+                    with self._engine.tree:
+                        self._engine.metadata.set_transaction_id(number)
+            except Exception:
                 if self._engine.failure is None:
                     self._catalog.discard_staged()
                 raise
-            if own_id:
-                with self._engine.tree:
-                    self._engine.metadata.set_transaction_id(number)
+            except BaseException:
+                # Interrupted: closing the pool must not commit the metadata without the names.
+                self._engine.abandon()
+                raise
             try:
                 self._engine.commit()
             except BaseException:

@@ -207,7 +207,7 @@ class _Receiving:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            if not session.wait_for_space():
+            if not session.wait_for_space(error):
                 free = self._pool.status().data_free_bytes
                 raise NoSpace(what=f"device {self._name}", needed_bytes=len(data), free_bytes=free) from error
             _apply(session, offset, data)

@@ -331,7 +331,7 @@ class Session:
             try:
                 self._zero_piece(index, inside, piece)
             except OSError as error:
-                if error.errno != errno.ENOSPC or not self.wait_for_space():
+                if error.errno != errno.ENOSPC or not self.wait_for_space(error):
                     raise
                 # Once more and no oftener: it may be the file system that is full, where no block of ours helps.
                 self._zero_piece(index, inside, piece)

@@ -84,10 +84,10 @@ def _early_frees(use: Callable[[Engine, np.ndarray], None], *, reused: bool) -> 
     early: set[int] = set()
     original_remove, original_add = ThinDevice._remove, Reclaimer.add
 
-    def remove(self, begin: int, end: int) -> int:  # noqa: ANN001
+    def remove(self, begin: int, end: int, *, may_commit: bool) -> int:  # noqa: ANN001
         metadata = self.engine.metadata
         before = metadata.data_counts(0, metadata.data_blocks)
-        removed = original_remove(self, begin, end)
+        removed = original_remove(self, begin, end, may_commit=may_commit)
         after = metadata.data_counts(0, metadata.data_blocks)
         freed = np.flatnonzero((before > 0) & (after == 0)).astype(np.uint64)
         if reused:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from thinpool.catalog import Catalog, CatalogEntry, Drop, Put
-from thinpool.catalog_room import ROOM_BYTES, ROOM_BYTES_MIN
+from thinpool.catalog_room import ROOM_BYTES, ROOM_BYTES_MIN, take_room
 from thinpool.errors import CatalogDamaged, DeviceExists
 
 DISK = CatalogEntry(1, "disk", 1 << 20, False, None, 1.5, {"a": "b"})
@@ -220,3 +220,21 @@ def test_room_is_taken_beforehand_and_by_the_next_to_open(path: Path):
     looked = Catalog.open(path, writable=False)
     assert looked.entries() == reopened(path, 0)
     looked.close()
+
+
+def test_a_journal_that_is_in_use_is_not_lengthened(path: Path):
+    journal = path.with_name("catalog-journal")
+    journal.unlink()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode=PERSIST")
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("INSERT INTO setting VALUES ('somebody', 'else')")
+        in_use = journal.read_bytes()
+        assert len(in_use) < ROOM_BYTES
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as ours:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                take_room(ours, path)
+        assert journal.read_bytes() == in_use
+        other.execute("ROLLBACK")
+    Catalog.open(path).close()
+    assert journal.stat().st_size >= ROOM_BYTES

@@ -193,3 +193,15 @@ def test_a_pool_closed_well_leaves_an_empty_file(location: PoolLocation):
     pool.close()
     assert location.journal_path is not None
     assert location.journal_path.stat().st_size == 0
+
+
+def test_a_metadata_file_that_is_lengthened_while_a_commit_runs_costs_nothing(location: PoolLocation):
+    pool = open_pool(location)
+    write(pool, 3, b"answered")
+    journal = pool.engine.journal
+    assert journal is not None
+    journal.cut()
+    journal.about_to_lengthen()
+    os.utime(location.metadata_path, ns=(1, 1))
+    kill(pool)
+    assert [entry.thin_block for entry in entries_of(location) if isinstance(entry, Mapped)] == [3]

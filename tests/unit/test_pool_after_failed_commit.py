@@ -6,15 +6,19 @@ device can be read under its name, and opening the pool again shows exactly the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from metadata import MetadataError, PoolMetadata
+from metadata import MetadataError, MetadataFull, PoolMetadata
+from metadata.devices import DeviceTable
 from tests.fakes.disk_history import Contents
 from tests.fakes.simulated_disk import SimulatedDisk
+from thinpool import device
+from thinpool.engine import Engine
 from thinpool.errors import PoolPoisoned, ThinPoolError
 from thinpool.extents import HOLE
 from thinpool.pool import Pool
@@ -213,5 +217,111 @@ def test_a_change_is_done_although_its_figures_cannot_be_read(
         assert (told.mapped_bytes, told.exclusive_bytes, told.shared_bytes) == (None, None, None)
         assert pool.info(told.name).mapped_bytes is not None
         assert pool.info(told.name).size_bytes == told.size_bytes
+    pool.close()
+    disk.close()
+
+
+def test_a_failure_after_the_commit_leaves_the_names_that_belong_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disk, pool = prepared()
+
+    def unreadable(*_: object) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_unreferenced", unreadable)
+        with pytest.raises(OSError, match="injected"):
+            pool.delete("disk")
+    now = shown(pool)
+    assert now.keys() == {"monday"}
+    pool.close()
+    again = disk.open()
+    assert shown(again) == now
+    again.engine.data.close()
+    disk.close()
+
+
+def interrupted_at(number: int) -> Callable[[str, int], int]:
+    """Ctrl-C while operation `number` is done."""
+    seen = 0
+
+    def before(_: str, count: int) -> int:
+        nonlocal seen
+        seen += 1
+        if seen - 1 == number:
+            raise KeyboardInterrupt
+        return count
+
+    return before
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_an_interrupt_leaves_the_state_before_or_after(kind: str) -> None:
+    """A command that has opened the pool itself closes it on its way out, and that commits."""
+    change = CHANGES[kind]
+    disk, pool = prepared()
+    states = [shown(pool)]
+    change(pool)
+    states.append(shown(pool))
+    pool.close()
+    disk.close()
+    for number, operation in enumerate(operations(change)):
+        disk, pool = prepared()
+        disk.before = interrupted_at(number)
+        with contextlib.suppress(KeyboardInterrupt):
+            change(pool)
+        disk.before = None
+        pool.close()
+        again = disk.open()
+        assert again.writable, f"{kind}, {operation} interrupted"
+        now = shown(again)
+        assert any(same_but_for_what_was_not_flushed(now, state) for state in states), (
+            f"{kind}, {operation} interrupted"
+        )
+        again.close()
+        disk.close()
+
+
+def test_half_a_change_is_not_committed_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, pool = prepared()
+    before = shown(pool)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceTable, "delete", interrupted)  # its tree is gone by then, its record not yet
+        with pytest.raises(KeyboardInterrupt):
+            pool.delete("disk")
+    pool.close()
+    again = disk.open()
+    assert again.writable
+    assert same_but_for_what_was_not_flushed(shown(again), before)
+    again.close()
+    disk.close()
+
+
+def test_a_device_is_cut_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit between two pieces would make one of them durable without the new size."""
+    disk, pool = prepared()
+    before = shown(pool)
+    original, removed = PoolMetadata.remove, []
+
+    def remove(self: PoolMetadata, device_id: int, begin: int, end: int) -> int:
+        removed.append((begin, end))
+        if len(removed) > room:
+            raise MetadataFull(1, 0, 0)
+        return original(self, device_id, begin, end)
+
+    monkeypatch.setattr(device, "UNMAP_SLICE_BLOCKS", 1)
+    monkeypatch.setattr(PoolMetadata, "remove", remove)
+    room = 0
+    with pytest.raises(MetadataFull):
+        pool.resize("disk", BLOCK_BYTES, shrink=True)
+    assert shown(pool) == before
+    room = 2
+    assert pool.resize("disk", BLOCK_BYTES, shrink=True).size_bytes == BLOCK_BYTES
+    assert removed == [(1, 5), (1, 5)]
     pool.close()
     disk.close()
