@@ -53,10 +53,17 @@ class RootNames:
         fitting = [
             (device, root) for device, root in same if sizes.get(device) == self._trees.of(root).entries
         ]
-        for device, root in (*fitting, *same, *self._by_common_nodes(open_ones, free)):
-            if device in open_ones and device not in found and free[root] > 0:
-                free[root] -= 1
-                found[device] = root
+
+        def take(pairs: list[tuple[int, int]]) -> None:
+            for device, root in pairs:
+                if device in open_ones and device not in found and free[root] > 0:
+                    free[root] -= 1
+                    found[device] = root
+
+        take(fitting)
+        take(same)
+        # Each with each: of thousands of devices only the few that changed since.
+        take(self._by_common_nodes(open_ones - found.keys(), [root for root in free if free[root] > 0]))
 
     def _by_size(
         self, open_ones: set[int], free: Counter[int], found: dict[int, int], sizes: dict[int, int]
@@ -83,7 +90,7 @@ class RootNames:
             return set(records.keys.tolist())
         return set(self._hints[0].keys.tolist()) if self._hints else set()
 
-    def _by_common_nodes(self, devices: set[int], free: Counter[int]) -> list[tuple[int, int]]:
+    def _by_common_nodes(self, devices: set[int], free: list[int]) -> list[tuple[int, int]]:
         """Devices and roots, those with most nodes in common first."""
         found: list[tuple[int, int, int]] = []
         for hint in self._hints:

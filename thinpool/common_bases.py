@@ -54,18 +54,17 @@ class Relative(Protocol):
 def related(device: Relative, devices: Iterable[Relative]) -> list[KnownBase]:
     """Snapshots that could be bases of `device`, the nearest in time first, at most `BASES_MAX`."""
     others = [other for other in devices if other.name != device.name]
-    family = {device.name, device.origin} - {None}
-    grown = True
-    while grown:
-        names = {
-            name
-            for other in others
-            if other.name in family or other.origin in family
-            for name in (other.name, other.origin)
-            if name is not None
-        }
-        grown = not names <= family
-        family |= names
+    tied: dict[str, list[str]] = {}
+    for other in (device, *others):
+        if other.origin is not None:
+            tied.setdefault(other.name, []).append(other.origin)
+            tied.setdefault(other.origin, []).append(other.name)
+    family, waiting = {device.name}, [device.name]
+    while waiting:
+        for name in tied.get(waiting.pop(), ()):
+            if name not in family:
+                family.add(name)
+                waiting.append(name)
     found = [
         other
         for other in others

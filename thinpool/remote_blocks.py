@@ -115,12 +115,12 @@ class RemoteBlocks:
         self.bits[begin:end] = 0
         if self._on_disk.find(1, begin, end) < 0:
             return
-        changed = self._on_disk.copy()
-        changed[begin:end] = 0
-        low, high = begin // 8 * 8, min(-(-end // 8) * 8, len(changed))
-        self._write(low // 8, changed[low:high].tobytes())
+        low, high = begin // 8 * 8, min(-(-end // 8) * 8, len(self._on_disk))
+        changed = self._on_disk[low:high]
+        changed[begin - low : end - low] = 0
+        self._write(low // 8, changed.tobytes())
         # Not before it is there: what could not be written has to be tried again by the next one.
-        self._on_disk = changed
+        self._on_disk[begin:end] = 0
 
     def checkpoint(self, bits: bitarray) -> None:
         """Clear in the file what is clear in `bits`, which were copied before the last commit; on disk on return."""

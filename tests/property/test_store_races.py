@@ -194,6 +194,40 @@ def test_a_push_whose_packs_were_collected_while_it_slept_sends_them_again() -> 
     assert not Verification(store, read_data=True).run().faults
 
 
+@pytest.mark.parametrize("dies_with", [KeyboardInterrupt, None])
+def test_a_snapshot_that_a_killed_push_left_without_packs_is_replaced(
+    dies_with: type[BaseException] | None,
+) -> None:
+    """As above, but the push dies before it can take the snapshot back; or a pack of a good one is condemned."""
+    store = Store.open(f"memory://{secrets.token_hex(8)}", create=True)
+    device = FakeDevice(4 * MIB)
+    device.write(3, b"something")
+    snapshot, known = device.snapshot(), KnownChunks(None)
+    publish = store.publish
+
+    def sleep_and_die(manifest: object) -> None:
+        store.publish = publish  # type: ignore[method-assign]
+        collect(store, grace_seconds=0, lease_seconds=0)
+        collect(store, grace_seconds=0, lease_seconds=0)
+        publish(manifest)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    if dies_with is None:
+        Push(store, snapshot, "s", known).run()
+        for pack in store.packs():
+            store.condemn(pack)
+    else:
+        store.publish = sleep_and_die  # type: ignore[method-assign,assignment]
+        with pytest.raises(dies_with):
+            Push(store, snapshot, "s", known).run()
+        assert Verification(store, read_data=False).run().faults
+    assert not Push(store, snapshot, "s", known).run().up_to_date
+    collect(store, grace_seconds=0)
+    assert not Verification(store, read_data=True).run().faults
+    assert _contents(store, "s") == _expected(snapshot)
+    assert Push(store, snapshot, "s", KnownChunks(None)).run().up_to_date
+
+
 def test_a_push_does_not_end_another_of_the_same_host() -> None:
     """Both use one cache. The second ends, and the collector runs, right before the first makes its snapshot known."""
     url = f"memory://{secrets.token_hex(8)}"
@@ -374,6 +408,9 @@ def test_killed_at_many_instants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- what is left by the dead ---
 
 
+NEW = "e" * 16  # as random as any
+
+
 def _aged(path: Path, seconds: float) -> None:
     then = time.time() - seconds
     os.utime(path, (then, then))
@@ -387,13 +424,13 @@ def test_unfinished_files_of_a_killed_push_go_and_fresh_ones_stay(tmp_path: Path
     Push(store, snapshot, "s", KnownChunks(None)).run()
     for key in ("packs/ab/x", "snapshots/y", "format"):
         (tmp_path / key).parent.mkdir(exist_ok=True)
-        for age, word in ((7200, "old"), (0, "new")):
+        for age, word in ((7200, "01d" + "0" * 13), (0, NEW)):
             left = tmp_path / f"{key}.{word}{PARTIAL_SUFFIX}"
             left.write_bytes(b"half")
             _aged(left, age)
     assert collect(store).unfinished_writes == 3
     assert sorted(path.name for path in tmp_path.rglob(f"*{PARTIAL_SUFFIX}")) == [
-        f"{name}.new{PARTIAL_SUFFIX}" for name in ("format", "x", "y")
+        f"{name}.{NEW}{PARTIAL_SUFFIX}" for name in ("format", "x", "y")
     ]
     assert _contents(store, "s") == _expected(snapshot)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PARTIAL_SUFFIX = ".partial"
+# Ours: in a directory that a store shares with other files, those are left alone.
+PARTIAL_NAME = re.compile(r"\.[0-9a-f]{16}\.partial\Z")
 CLOCK = "clock/"
 # Inside one attempt of ours; a server that is gone is noticed by us, not by obstore's minutes of patience.
 CLIENT_RETRIES = 2
@@ -34,6 +37,8 @@ REQUEST_SECONDS = 60
 CONNECT_SECONDS = 5
 DELETE_KEYS_MAX = 1000
 REFUSALS = ("PermissionDeniedError", "UnauthenticatedError", "NotSupportedError", "InvalidPathError")
+# How object_store words a range that begins behind the end: services by their status, its memory store by itself.
+BEYOND_THE_END = ("status code: 416 ", "but object was only ")
 # Asked for credentials by clients that were given none.
 METADATA_SERVICES = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 _memories: dict[str, Backend] = {}
@@ -195,8 +200,9 @@ def _kind(error: Exception) -> Exception:
 
 
 def _beyond_the_end(error: Exception) -> bool:
-    text = str(error)
-    return "416" in text or "larger than" in text or "out of range" in text.lower()
+    # Whole phrases: addresses, names of packs and durations are in these texts too, and have any digits.
+    reason = _first_line(error)
+    return any(phrase in reason for phrase in BEYOND_THE_END)
 
 
 class DirectoryBackend:
@@ -313,7 +319,7 @@ class DirectoryBackend:
                 for name in names:
                     path = Path(directory, name)
                     with suppress(FileNotFoundError):
-                        if name.endswith(PARTIAL_SUFFIX) and path.stat().st_mtime < before:
+                        if PARTIAL_NAME.search(name) and path.stat().st_mtime < before:
                             path.unlink()
                             swept += 1
         except OSError as error:

@@ -109,7 +109,7 @@ def _delete(store: Store, grace_seconds: float, report: CollectReport) -> None:
         return
     needed = _roots(store, now, float("inf")).needed
     packs = store.packs()
-    doomed = [pack for pack in ripe if pack not in needed and pack in packs]
+    doomed = {pack for pack in ripe if pack not in needed and pack in packs}
     store.objects.delete([packs[pack].key for pack in doomed])
     # Only now the marks, also those that an interrupted collection left behind.
     store.objects.delete([_mark(pack) for pack in ripe if pack in doomed or pack not in packs])

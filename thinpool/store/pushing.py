@@ -83,6 +83,7 @@ class Push:
         self._usable: dict[bytes, int] = {}
         self._own: dict[bytes, Place] = {}
         self._refused: set[bytes] = set()
+        self._incomplete: Manifest | None = None
         self._shields: list[str] = []
         self._renewed = 0.0
         self._mapped_chunks = 0
@@ -92,13 +93,20 @@ class Push:
         return PENDING + self._push.hex()
 
     def run(self) -> PushReport:
-        """Push. Running it again after any end resumes. Raises StoredSnapshotExists and the store's errors."""
+        """Push. Running it again after any end resumes; a snapshot that lacks packs is replaced.
+
+        Raises StoredSnapshotExists and the store's errors.
+        """
         found = self._store.find_snapshot(self._name)
         if found is not None:
             if found.about.device != self._source.identity:
                 raise StoredSnapshotExists(self._name, self._store.url)
-            self._report.up_to_date = True
-            return self._report
+            if not self._doubtful(found):
+                self._known.remember_push(self._source.identity, self._name)  # a kill may have come before
+                self._report.up_to_date = True
+                return self._report
+            # Published by a push that was given up, woke, and died before it could look again; or damaged since.
+            self._incomplete = found
         # First of all: from here on the collector leaves alone what this push and its unfinished forerunners sent.
         self._shields = self._unfinished()
         self._renew()
@@ -371,6 +379,9 @@ class Push:
         the collector gave this push up (a laptop was closed for a day): it looks once more, with the snapshot as its
         root. No clock of this host is asked; that of a paused virtual machine stands still.
         """
+        if self._incomplete is not None:
+            self._store.withdraw(self._incomplete)
+            self._incomplete = None
         self._store.publish(manifest)
         if self._store.objects.find(self._pending_key) is not None:
             return set()

@@ -122,6 +122,13 @@ class Store:
             raise NoSuchStoredSnapshot(name, self.url)
         self.objects.delete([key])
 
+    def withdraw(self, manifest: Manifest) -> None:
+        """Remove a snapshot if its manifest is still this one."""
+        key = self.snapshot_key(manifest.about.name)
+        present = self._manifest(key)
+        if present is not None and present.encode() == manifest.encode():
+            self.objects.delete([key])
+
     def _manifest(self, key: str) -> Manifest | None:
         content = self.read_document(key)
         return None if content is None else self.decoded(key, content)
@@ -161,7 +168,7 @@ class Store:
         return Pending(shields, self.decoded(key, body) if body else None)
 
     def hold(self, manifest: Manifest) -> str:
-        """Keep a snapshot's packs until `release`; the caller checks `unusable` afterwards. Returns the hold's key."""
+        """Keep a snapshot's packs until `release`; the caller looks for the snapshot afterwards. Returns its key."""
         key = HOLDS + secrets.token_hex(12)
         self.write_document(key, manifest.encode())
         return key

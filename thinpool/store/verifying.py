@@ -88,6 +88,7 @@ class Verification:
     def _manifest(self, key: str, manifest: Manifest) -> None:
         self.report.snapshots += 1
         name = manifest.about.name
+        faults_before = len(self.report.faults)
         if any(pack not in self._packs for pack in manifest.packs):
             self._packs = self._listed_packs()  # it may have been pushed since they were listed
         for pack in manifest.packs:
@@ -98,7 +99,7 @@ class Verification:
             counted += len(segment.chunks)
             self._chunks(name, [place for place in segment.chunks.values() if place.length_bytes])
             self._progress(self.report.chunks)
-        if not self.report.faults and counted * CHUNK_BYTES != manifest.about.mapped_bytes:
+        if len(self.report.faults) == faults_before and counted * CHUNK_BYTES != manifest.about.mapped_bytes:
             self.report.faults.append(
                 Fault(name, key, "it tells of another number of chunks than its segments")
             )
