@@ -12,6 +12,7 @@ from tests.guest.machine import GuestUnavailableError, Machine, make_machine
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are made into work
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:

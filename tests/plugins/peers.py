@@ -44,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("root"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to run groups apart: pytest-xdist writes the group behind the name, and some pytest may not take it."""
+    if not session.config.getoption("loadgroup", False):
+        return
+    for item in session.items:
+        if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+            raise pytest.UsageError(f"this pytest-xdist does not keep {item.nodeid} with its group")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turn the skip of a test into a failure where a missing peer is the cause."""
