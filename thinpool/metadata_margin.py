@@ -15,8 +15,9 @@ says, as in a pool whose metadata are full. Commits, deletions and discards go o
 try that succeeds lets the rest go on.
 
 fallocate(2) changes the time of the file, by which a journal is believed (`mapping_journal.py`): `before_change` is
-called first. File systems (and block devices) that cannot allocate ahead are used as they are. Copy-on-write ones may
-still need space to overwrite; for them this is no promise.
+called first. On a full disk xfs refuses it even where everything is there already, as it reserves what it is asked
+for; so after a refusal the file is asked what it has. File systems (and block devices) that cannot allocate ahead are
+used as they are. Copy-on-write ones may still need space to overwrite; for them this is no promise.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from metadata import BLOCK_BYTES, PoolMetadata
 
+from .allocated import allocated_up_to
 from .data_file import UNSUPPORTED, fallocate
 
 # Free blocks ahead of use: 4 MiB at first, twice as many whenever a write had to wait for more.
@@ -107,6 +109,9 @@ class MetadataMargin:
             if error.errno in UNSUPPORTED:
                 raise
             while self._secured < wanted:
+                present = allocated_up_to(self._descriptor, self._secured * BLOCK_BYTES) // BLOCK_BYTES
+                self._secured = min(max(present, self._secured), wanted)
                 count = min(PIECE_BLOCKS, wanted - self._secured)
-                self._allocate(self._secured, count)
-                self._secured += count
+                if count:
+                    self._allocate(self._secured, count)
+                    self._secured += count

@@ -15,6 +15,7 @@ import pytest
 from metadata import FileStore, MetadataFull
 from metadata.layout import BLOCK_BYTES
 from thinpool import metadata_margin
+from thinpool.allocated import allocated_up_to
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
@@ -194,3 +195,47 @@ def test_a_large_metadata_file_is_real_in_small_part_only(tmp_path: Path) -> Non
     found = location.metadata_path.stat()
     assert stat.S_ISREG(found.st_mode)
     assert 4 * MIB <= found.st_blocks * 512 <= 16 * MIB
+
+
+def test_on_a_full_disk_what_the_file_has_is_enough_to_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """xfs refuses to allocate on a full disk even what is allocated."""
+    create_pool(tmp_path / "pool", size_bytes=64 * MIB)
+    location = PoolLocation.directory(tmp_path / "pool")
+    pool = open_pool(location)
+    pool.create_device("disk", 8 * MIB)
+    pool.create_snapshot("disk", "snap")
+    assert pool.engine.margin is not None
+    secured = pool.engine.margin._secured
+    pool.close()
+    with location.metadata_path.open("rb") as file:
+        present = allocated_up_to(file.fileno(), 0) // BLOCK_BYTES
+    if not present:
+        pytest.skip("the file system does not tell what a file has (FIEMAP)")
+    assert present >= secured
+
+    def refusing(_descriptor: int, _mode: int, _offset: int, _length_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metadata_margin, "fallocate", refusing)
+    pool = open_pool(location)
+    assert pool.engine.metadata.metadata_blocks_usable > secured // 2
+    pool.delete("snap")
+    pool.close()
+
+
+def test_how_far_the_space_of_a_file_reaches(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("w+b") as file:
+        os.ftruncate(file.fileno(), 64 * MIB)
+        assert allocated_up_to(file.fileno(), 0) == 0
+        os.posix_fallocate(file.fileno(), 0, MIB)
+        if not allocated_up_to(file.fileno(), 0):
+            pytest.skip("the file system does not tell what a file has (FIEMAP)")
+        for number in range(4, 600, 2):  # more pieces than are asked for at once
+            os.posix_fallocate(file.fileno(), number * BLOCK, BLOCK)
+        os.posix_fallocate(file.fileno(), MIB, 40 * MIB)
+        assert allocated_up_to(file.fileno(), 0) == 41 * MIB
+        assert allocated_up_to(file.fileno(), 5 * MIB) == 41 * MIB
+        assert allocated_up_to(file.fileno(), 50 * MIB) == 50 * MIB
