@@ -106,7 +106,8 @@ class BackgroundHydration:
         self._wake.set()
 
     def hurry(self) -> None:
-        """Try again now: somebody waits, or knows that the store is back."""
+        """Try again now: somebody waits, or knows that the store is back. What failed before is of the past."""
+        self.failure = None
         self._wake.set()
 
     def stop(self) -> None:

@@ -137,7 +137,8 @@ class LazyDevices:
         try:
             return self._create(request, manifest, origin)
         except BaseException:
-            if origin.hold:
+            # Unless the device is there all the same: it goes on fetching what the hold keeps.
+            if origin.hold and self._pool.catalog.by_name(request.name) is None:
                 with suppress(ThinPoolError):
                     store.release(origin.root)
             raise
@@ -260,8 +261,16 @@ class LazyDevices:
             running.request_stop()
         lazy.remote.remove()
         origin = lazy.remote.origin
-        if origin.hold and not any(other.remote.origin.root == origin.root for other in self._open.values()):
+        if origin.hold and not self._used_by_others(origin):
             self._release(lazy)
+
+    def _used_by_others(self, origin: Origin) -> bool:
+        """Whether another device fetches from the same hold, or one may of which the list could not be read."""
+        if any(
+            is_lazy(entry) and entry.device_id not in self._open for entry in self._pool.catalog.entries()
+        ):
+            return True
+        return any(other.remote.origin.root == origin.root for other in self._open.values())
 
     def _release(self, lazy: LazyDevice) -> None:
         """Best effort: a hold that stays costs space in the store, and `gc` tells of it."""

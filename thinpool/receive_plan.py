@@ -55,30 +55,36 @@ def examine(
 ) -> Examined:
     """Read a stream and say what `receive` would do with it. Raises as `receive`.
 
-    NoSpace where its data is more than is free and the pool may not grow by itself.
+    NoSpace where the blocks that its data touches are more than are free and the pool may not grow by itself.
     """
     reader = StreamReader(read_into)
     begin = reader.begin()
     name = options.name or begin.name
-    with pool.engine.transaction, refusing_with_common_base(pool, reader):
+    # The stream is not read on while others wait: who sends it may be slow.
+    with refusing_with_common_base(pool, reader), pool.engine.transaction:
         resumed = resumable_part(pool, name, begin)
         base, replaced = (
             (None, None) if resumed else pool.transfers.fitting(wanted_device(name, begin, options))
         )
     unpacker = Unpacker()
-    data_bytes = hole_bytes = 0
+    data_bytes = hole_bytes = blocks = next_block = 0
     for record in reader.records():
         header = record.header
         if header.kind == RecordKind.DATA:
             unpacker.unpacked(record)
             data_bytes += header.length_bytes
+            # In blocks of this pool, which may be larger than those it was sent from.
+            end = -(-(header.offset_bytes + header.length_bytes) // pool.block_bytes)
+            blocks += end - max(header.offset_bytes // pool.block_bytes, next_block)
+            next_block = end
         else:
             hole_bytes += header.length_bytes
         if progress is not None:
             progress(data_bytes, begin.data_bytes)
     status = pool.status()
-    if data_bytes > status.data_free_bytes and status.autogrow_limit_bytes <= status.data_bytes:
-        raise NoSpace(what=f"device {name}", needed_bytes=data_bytes, free_bytes=status.data_free_bytes)
+    needed_bytes = blocks * pool.block_bytes
+    if needed_bytes > status.data_free_bytes and status.autogrow_limit_bytes <= status.data_bytes:
+        raise NoSpace(what=f"device {name}", needed_bytes=needed_bytes, free_bytes=status.data_free_bytes)
     return Examined(
         name=name,
         content_id=begin.content_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -210,6 +211,42 @@ def test_a_dry_run_tells_that_there_is_no_space(here: Pool, tmp_path: Path) -> N
         assert plan(small, stream).free_bytes == 64 * BLOCK
 
 
+def test_a_dry_run_counts_the_blocks_of_the_pool_that_receives(here: Pool, tmp_path: Path) -> None:
+    """Four blocks of 64 KiB far from each other take four of 1 MiB."""
+    for at in range(0, 4 * MIB, MIB):
+        write(here, "disk", at, random.Random(at).randbytes(BLOCK))
+    here.create_snapshot("disk", "fri", read_only=True)
+    stream = stream_of(here, "fri")
+    with new_pool(tmp_path / "coarse", size_bytes=3 * MIB, block_bytes=MIB) as coarse:
+        with pytest.raises(NoSpace):
+            plan(coarse, stream)
+        with pytest.raises(NoSpace):
+            take_in(coarse, stream, "fri")
+        coarse.grow(4 * MIB)
+        assert plan(coarse, stream).free_bytes == 4 * MIB
+        take_in(coarse, stream, "fri")
+
+
+def test_a_dry_run_that_looks_for_another_base_holds_nobody_up(here: Pool, there: Pool) -> None:
+    """The sender may be slow, and the pool is in use."""
+    stream, free = io.BytesIO(stream_of(here, "wed", "tue")), list[bool]()
+
+    def look() -> None:
+        free.append(there.engine.transaction.acquire(timeout=2))
+        if free[-1]:
+            there.engine.transaction.release()
+
+    def read_into(buffer: memoryview) -> int:
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        return stream.readinto(buffer)
+
+    with pytest.raises(BaseMissing):
+        examine(there, read_into, ReceiveOptions(dry_run=True))
+    assert all(free)
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_the_commands_find_a_common_base_and_receive_dry(source: Path, target: Path, served: bool) -> None:
     full = thinpool("send", source, "mon").stdout
@@ -239,6 +276,8 @@ def test_the_commands_find_a_common_base_and_receive_dry(source: Path, target: P
     thinpool("receive", target, "wed", stdin=increment)
     estimate = thinpool("send", source, "wed", "--common", "-", "-n", stdin=listed).stdout
     assert b"increment on 'mon'" in estimate
+    half = listed.replace(b'"receiving": false', b'"receiving": true')
+    thinpool("send", source, "wed", "--common", "-", stdin=half, code=ExitCode.CONFLICT)
     thinpool("send", source, "wed", "--common", "-", stdin=b"{}", code=ExitCode.USAGE)
     none = thinpool("send", source, "wed", "--common", "-", stdin=b'{"devices": []}', code=ExitCode.CONFLICT)
     assert b"no snapshot related to 'wed' is in both pools" in none.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from thinpool.errors import (
     StoreDamaged,
 )
 from thinpool.hydration import StoppedError, hydrate
-from thinpool.lazy_devices import PullRequest
+from thinpool.lazy_devices import TAG, PullRequest
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
@@ -312,6 +313,70 @@ def test_a_pull_that_is_given_up_leaves_nothing(url: str, open_one: Callable[...
     assert pool.catalog.by_name("copy") is None
     assert not list(Store.open(url).held())
     assert pool.status().data_used_bytes == 0
+
+
+def test_a_hold_stays_while_a_device_is_there_whose_list_cannot_be_read(
+    url: str, open_one: Callable[..., Pool], tmp_path: Path
+) -> None:
+    """A snapshot shares the hold of its origin; it may be readable again tomorrow."""
+    snapshot = pushed(url)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy", lazy=True))
+    pool.create_snapshot("copy", "before", read_only=True)
+    (path,) = (pool.lazy._path(entry_of(pool, "before").tags[TAG]),)
+    pool.close()
+    path.rename(tmp_path / "away")
+    pool = open_one()
+    complete(pool, "copy")
+    store = Store.open(url)
+    assert len(list(store.held())) == 1
+    pool.close()
+    (tmp_path / "away").rename(path)
+    store.forget("image")
+    for _ in range(2):
+        collect(store, grace_seconds=0)
+    pool = open_one()
+    complete(pool, "before")
+    assert is_equal(pool.open_session(entry_of(pool, "before")), snapshot)
+    assert not list(store.held())
+
+
+def test_a_pull_that_is_killed_once_its_device_is_there_keeps_its_hold(
+    url: str, open_one: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = pushed(url)
+    pool = open_one()
+    request = PullRequest(url, "image", "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.lazy, "_opened", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pool.begin_pull(request)
+    pool.begin_pull(request)
+    complete(pool, "copy")
+    assert is_equal(pool.open_session(entry_of(pool, "copy")), snapshot)
+    assert not list(Store.open(url).held())
+
+
+def test_who_pulls_again_is_not_told_of_what_failed_before(
+    url: str, open_one: Callable[..., Pool], tmp_path: Path
+) -> None:
+    """The pool was grown, the pack is back: the same command goes on and waits."""
+    pushed(url)
+    (pack,) = sorted((tmp_path / "store" / "packs").rglob("*-00000000"))
+    pool = open_one()
+    pool.lazy.start_background()
+    pack.rename(tmp_path / "pack")
+    request = PullRequest(url, "image", "copy")
+    try:
+        pool.begin_pull(request)
+        until = time.monotonic() + 20
+        while pool.pull_state("copy")["failure"] is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert "missing" in pool.pull_state("copy")["failure"]
+        (tmp_path / "pack").rename(pack)
+        assert pool.begin_pull(request)["failure"] is None
+    finally:
+        pool.lazy.stop_background()
 
 
 def test_damage_is_named_and_not_restored(url: str, open_one: Callable[..., Pool], tmp_path: Path) -> None:

@@ -113,11 +113,12 @@ def _common_base(location: PoolLocation, name: str, common: TextIO) -> str:
         return datetime.fromisoformat(date).timestamp()
 
     try:
-        held = {device["content_id"] for device in json.load(common)["devices"]}
+        held = {device["content_id"] for device in json.load(common)["devices"] if _is_whole(device)}
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{common.name} is no output of `thinpool list --json`: {error}"
         raise click.UsageError(message=reason) from error
     listed = PoolAccess(location).operate("list", {})["devices"]
+    held &= {found["content_id"] for found in listed if _is_whole(found)}
     devices = [SimpleNamespace(**{**found, "created": seconds_of(found["created"])}) for found in listed]
     device = next((found for found in devices if found.name == name), None)
     if device is None:
@@ -126,6 +127,11 @@ def _common_base(location: PoolLocation, name: str, common: TextIO) -> str:
     if base is None:
         raise NothingInCommon(name)
     return base.name
+
+
+def _is_whole(device: dict[str, Any]) -> bool:
+    """Whether a device can be a base: not one that is still on its way into its pool."""
+    return not device["receiving"] and not device["remote_bytes"]
 
 
 def _send(source: SnapshotSource, start_bytes: int, level: int, rate_limit: int | None) -> Sent:
