@@ -71,7 +71,12 @@ class DeviceSizes:
         device = self._pool.engine.devices.get(entry.device_id)
         if device is not None and device.sessions and not device.extend(size_bytes):
             raise DeviceInUse(entry.name, len(device.sessions))
-        self._pool.catalog.apply([Put(_resized(entry, size_bytes))])
+        try:
+            self._pool.catalog.apply([Put(_resized(entry, size_bytes))])
+        except BaseException:
+            if device is not None and device.sessions:
+                device.extend(entry.size_bytes)  # back to what the row says; the map may stay larger
+            raise
 
     def _clear_past_end(self, entry: CatalogEntry) -> None:
         """Zeros, durably, between the end of a device and the end of its last block."""

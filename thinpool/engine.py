@@ -437,7 +437,7 @@ class Engine:
         with self.transaction:
             self.require_writable()
             self.data.grow(blocks)
-            with self.tree:
+            with self.changing_tree():
                 self.metadata.grow_data(blocks)
             self.commit()
             for device in list(self.devices.values()):

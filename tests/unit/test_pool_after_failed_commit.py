@@ -19,7 +19,7 @@ from tests.fakes.disk_history import Contents
 from tests.fakes.simulated_disk import SimulatedDisk
 from thinpool import device
 from thinpool.engine import Engine
-from thinpool.errors import PoolPoisoned, ThinPoolError
+from thinpool.errors import NoSpace, PoolPoisoned, ThinPoolError
 from thinpool.extents import HOLE
 from thinpool.pool import Pool
 from thinpool.status import DeviceInfo
@@ -325,3 +325,24 @@ def test_a_device_is_cut_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     assert removed == [(1, 5), (1, 5)]
     pool.close()
     disk.close()
+
+
+def test_a_device_in_use_keeps_its_size_where_the_row_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, pool = prepared()
+    entry = pool.catalog.by_name("disk")
+    assert entry is not None
+    session = pool.open_session(entry)
+
+    def refused(*_: object, **__: object) -> None:
+        raise NoSpace(what="the catalogue", needed_bytes=4096, free_bytes=0)
+
+    with monkeypatch.context() as full:
+        full.setattr(pool.catalog, "apply", refused)
+        with pytest.raises(NoSpace):
+            pool.resize("disk", 6 * BLOCK_BYTES)
+    assert pool.device(entry).size_bytes == pool.info("disk").size_bytes == entry.size_bytes
+    assert pool.resize("disk", 6 * BLOCK_BYTES).size_bytes == 6 * BLOCK_BYTES == pool.device(entry).size_bytes
+    session.close()
+    pool.close()
