@@ -151,6 +151,7 @@ class ServedSource:
             raise ServerUnreachable(str(location), f"it exports no device {name!r}")
         self._device = found
         self._uri = str(uris[0])
+        self._location = location
         self._local = threading.local()
         self._clients: list[Client] = []
         self.identity = _frozen(
@@ -164,6 +165,11 @@ class ServedSource:
         self.size_bytes = int(found["size_bytes"])
         self.block_bytes = int(access.operate("status", {})["status"]["block_bytes"])
         self.created = datetime.datetime.fromisoformat(found["created"]).timestamp()
+        try:
+            self._client()  # from here on it is in use, and not deleted while the store is looked at
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the connections."""
@@ -175,7 +181,19 @@ class ServedSource:
         if client is None:
             client = self._local.client = Client.connect(self._uri, contexts=["base:allocation"])
             self._clients.append(client)
+            self._require_same()
         return client
+
+    def _require_same(self) -> None:
+        """A name may come to mean another device, and every connection is made by name. Raises NoSuchDevice."""
+        name = str(self._device["name"])
+        asked = {
+            "old": name,
+            "new": name,
+            "begin_bytes": self.size_bytes,
+        }  # an empty page, for who it is about
+        if self._access.operate("diff", asked)["new"]["content_id"] != self.identity:
+            raise NoSuchDevice(name, str(self._location))
 
     def relatives(self) -> list[str]:
         """See `BlockSource`."""
@@ -214,15 +232,18 @@ class ServedSource:
         """See `BlockSource`."""
         found = (device for device in self._others() if device["content_id"] == base)
         old = next((device for device in found if self._maps(device, mapped_bytes)), None)
-        return None if old is None else self._pages(str(old["name"]))
+        return None if old is None else self._pages(str(old["name"]), base)
 
     def _maps(self, device: Mapping[str, Any], stored_bytes: int) -> bool:
         mapped_bytes, size_bytes = int(device["mapped_bytes"]), int(device["size_bytes"])
         return _agree(stored_bytes, mapped_bytes, size_bytes, self.block_bytes)
 
-    def _pages(self, old: str) -> Ranges:
+    def _pages(self, old: str, base: str) -> Ranges:
         asked = {"old": old, "new": str(self._device["name"])}
         for page in all_pages(lambda begin: self._access.operate("diff", {**asked, "begin_bytes": begin})):
+            for side, content_id in (("old", base), ("new", self.identity)):
+                if page[side]["content_id"] != content_id:
+                    raise NoSuchDevice(page[side]["name"], str(self._location))
             for offset, length, state in page["ranges"]:
                 yield offset, length, state == 1
 
