@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ class LazyDevices:
         self._in_background = False
         # Completed since the pool was opened: whoever waited for one learns that it is done, not that it exists.
         self._completed: dict[int, Origin] = {}
+        self._unheld: deque[LazyDevice] = deque()  # whose holds in stores are to be released
 
     # --- finding ---
 
@@ -248,10 +250,11 @@ class LazyDevices:
             pool.catalog.apply([Put(replace(present, tags=untagged(present.tags), receiving=None))])
             self._completed[entry.device_id] = lazy.remote.origin
             self.drop(entry.device_id)
+        self.release_holds()
         log.info("%r is complete", present.name)
 
     def drop(self, device_id: int) -> None:
-        """A device is complete or deleted: its file goes, and the hold if nobody else uses it."""
+        """A device is complete or deleted: its file goes, and the hold if nobody else uses it (`release_holds`)."""
         lazy = self._open.pop(device_id, None)
         running = self._running.pop(device_id, None)
         if lazy is None:
@@ -262,7 +265,12 @@ class LazyDevices:
         lazy.remote.remove()
         origin = lazy.remote.origin
         if origin.hold and not self._used_by_others(origin):
-            self._release(lazy)
+            self._unheld.append(lazy)
+
+    def release_holds(self) -> None:
+        """Ask stores to let go of what no device needs any more; `transaction` is not held, for that may take long."""
+        while self._unheld:
+            self._release(self._unheld.popleft())
 
     def _used_by_others(self, origin: Origin) -> bool:
         """Whether another device fetches from the same hold, or one may of which the list could not be read."""

@@ -211,6 +211,7 @@ class Pool:
             entry = self._entry(name)
             self.require_idle(entry)
             self.delete_entry(entry)
+        self.lazy.release_holds()
 
     def delete_entry(self, entry: CatalogEntry) -> None:
         """Delete an idle device; `transaction` is held."""
@@ -428,6 +429,7 @@ class Pool:
                 raise NotBeingPulled(name)
             self.require_idle(entry)
             self.delete_entry(entry)
+        self.lazy.release_holds()
 
     def pull_state(self, name: str) -> dict[str, Any]:
         """How far a pull got. Raises NoSuchDevice."""

@@ -222,6 +222,29 @@ def test_snapshots_of_a_lazy_device_are_what_it_was(url: str, open_one: Callable
     assert not store.packs()
 
 
+@pytest.mark.parametrize("ending", ["delete", "complete", "abort"])
+def test_nobody_waits_for_a_store_that_is_asked_to_let_go(
+    url: str, open_one: Callable[..., Pool], ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed(url)
+    pool = open_one()
+    pool.begin_pull(PullRequest(url, "image", "copy", lazy=True))
+    asked = []
+
+    def slow(_: object) -> None:
+        others = threading.Thread(target=pool.commit)  # as a FLUSH of any client does
+        others.start()
+        others.join(10)
+        asked.append(others.is_alive())
+
+    monkeypatch.setattr(pool.lazy, "_release", slow)
+    if ending == "complete":
+        complete(pool, "copy")
+    else:
+        {"delete": pool.delete, "abort": pool.abort_pull}[ending]("copy")
+    assert asked == [False]
+
+
 def test_whoever_read_the_row_of_a_device_before_it_was_completed_finds_a_whole_one(
     url: str, open_one: Callable[..., Pool]
 ) -> None:
