@@ -53,6 +53,7 @@ class Verification:
         self._packs = self._listed_packs()
         self._proven: set[Place] = set()
         self._bad: dict[Place, tuple[bytes, str]] = {}
+        self._told: set[Fault] = set()
         self.report = VerifyReport()
 
     def run(self, names: Iterable[str] = ()) -> VerifyReport:
@@ -79,10 +80,12 @@ class Verification:
 
     def _unless_forgotten(self, key: str, manifest: Manifest) -> None:
         """Verify a snapshot; what is missing of one that is forgotten meanwhile is no fault."""
-        before = self.report
-        self.report = replace(before, faults=list(before.faults), damaged_packs=set(before.damaged_packs))
+        before = replace(self.report, damaged_packs=set(self.report.damaged_packs))
+        faults_before = len(self.report.faults)
         self._manifest(key, manifest)
-        if len(self.report.faults) > len(before.faults) and self._store.objects.find(key) is None:
+        if len(self.report.faults) > faults_before and self._store.objects.find(key) is None:
+            self._told.difference_update(self.report.faults[faults_before:])
+            del self.report.faults[faults_before:]
             self.report = before
 
     def _manifest(self, key: str, manifest: Manifest) -> None:
@@ -150,5 +153,6 @@ class Verification:
     def _fault(self, name: str, pack: bytes, reason: str) -> None:
         self.report.damaged_packs.add(pack)
         fault = Fault(name, pack_key(pack), reason)
-        if fault not in self.report.faults:
+        if fault not in self._told:
+            self._told.add(fault)
             self.report.faults.append(fault)
