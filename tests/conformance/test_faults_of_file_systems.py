@@ -256,11 +256,11 @@ def test_names_change_on_a_full_disk_so_that_deleting_makes_room(disk: SmallDisk
     with pytest.raises(OSError, match="No space"):
         (disk.place / "more").write_bytes(bytes(4096))
     for number in range(20):
-        pool.command("snapshot", "b", f"b@{number}")
-    pool.command("rename", "b", "c")  # one row for the device and for each of its snapshots
-    pool.command("rollback", "c", "b@7")
+        pool.operate("snapshot", origin="b", name=f"b@{number}")
+    pool.operate("rename", old="b", new="c")  # one row for the device and for each of its snapshots
+    pool.operate("rollback", name="c", snapshot="b@7")
     for number in range(20):
-        pool.command("delete", f"b@{number}")
+        pool.operate("delete", name=f"b@{number}")
     assert disk.free_bytes() < full_bytes + MIB
     pool.command("delete", "a@mon")
     assert disk.free_bytes() > full_bytes + 100 * BLOCK - MIB

@@ -123,16 +123,18 @@ def test_the_kernel_reads_what_we_wrote_goes_on_and_gives_it_back(
     exchange.ours(_prepared(exchange.model, [Write(8, 4096, 0, 4096), Delete(7), Snapshot(9, 8)]))
 
 
-def test_ten_rounds_of_random_work_on_both_sides(guest: Machine, tmp_path: Path):
+@pytest.mark.parametrize("rounds", [3, pytest.param(10, marks=pytest.mark.deep)])
+def test_rounds_of_random_work_on_both_sides(guest: Machine, tmp_path: Path, rounds: int):
     exchange = Exchange(guest, tmp_path / "pool", 64 << 10, 4 * MIB)
     rng = random.Random(5)
-    for _ in range(10):
+    for _ in range(rounds):
         exchange.ours(exchange.model.random_steps(rng, 30))
         before = sorted(exchange.model.contents)
         exchange.kernels(before, exchange.model.random_steps(rng, 20))
     exchange.ours([])
 
 
+@pytest.mark.deep  # 16,500 devices, looked at by an emulated machine
 def test_more_devices_than_one_bitmap_counts_blocks(guest: Machine, tmp_path: Path):
     """One mapping in each of many devices: more metadata blocks, and data blocks, than one bitmap has entries."""
     devices = 16500

@@ -155,6 +155,7 @@ def _changes_are_where_the_bytes_differ(found: dict[str, Any], contents: dict[st
     assert was == now
 
 
+@pytest.mark.deep  # Python starts in an emulated machine
 def test_component_volumes_are_opened_where_they_are(guest: Machine, tmp_path: Path):
     """On a machine with LVM nothing need be copied: it activates _tmeta and _tdata read-only for such a look."""
     group = VolumeGroup(guest, tmp_path / "disk", 128 * MIB)

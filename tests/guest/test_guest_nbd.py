@@ -26,7 +26,7 @@ MOUNT_COPY = {"ext4": "mount", "xfs": "mount -o nouuid"}
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("kind", ["ext4", pytest.param("xfs", marks=pytest.mark.deep)])
 def test_a_file_system_lives_through_snapshots_and_rollback(guest: Machine, kind: str):
     with served_pool() as pool:
         pool.operate("create", name="disk", size_bytes=320 * MIB)
