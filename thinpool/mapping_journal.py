@@ -43,6 +43,7 @@ import os
 import stat
 import struct
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class MappingJournal:
 
     def __init__(self, descriptor: int, witness: Witness, log: Log, entries_max: int) -> None:
         self._descriptor = descriptor
+        self._let_go = weakref.finalize(self, os.close, descriptor)  # also where a pool is dropped unclosed
         self._witness = witness
         self._log = log
         self._entries_max = entries_max
@@ -144,8 +146,8 @@ class MappingJournal:
     ) -> MappingJournal:
         """Start an empty journal on the pool as it is committed now. Raises OSError."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        journal = cls(descriptor, witness, log, entries_max)
         try:
-            journal = cls(descriptor, witness, log, entries_max)
             if pwrite is not None:
                 journal._pwrite = pwrite
             elif overwrites_in_place(descriptor):
@@ -154,7 +156,7 @@ class MappingJournal:
         except BaseException:
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
-            os.close(descriptor)
+            journal._let_go()
             raise
         return journal
 
@@ -272,7 +274,7 @@ class MappingJournal:
         if not self._active:
             with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)
+        self._let_go()
         self._witness.close()
 
     def _write_headers(self) -> None:
@@ -345,6 +347,9 @@ class Witness:
         except BaseException:
             os.close(self._metadata)
             raise
+        self._let_go = weakref.finalize(
+            self, os.close, self._metadata
+        )  # also where a pool is dropped unclosed
 
     @staticmethod
     def _boot() -> str:
@@ -367,8 +372,8 @@ class Witness:
         return self._data.st_mtime_ns
 
     def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._metadata)
+        """Let go of the file. Idempotent."""
+        self._let_go()
 
 
 def left_behind(path: Path, witness: Witness) -> list[Entry]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,9 @@ class MetadataMargin:
     def __init__(self, path: Path, metadata: PoolMetadata, log: Log) -> None:
         """Raises OSError. The descriptor is our own: a commit that wants more must not have to open one."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._let_go = weakref.finalize(
+            self, os.close, self._descriptor
+        )  # also where a pool is dropped unclosed
         self._metadata = metadata
         self._log = log
         self._secured = 0
@@ -58,8 +62,8 @@ class MetadataMargin:
         self.supported = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
 
     def close(self) -> None:
-        """Let go of the file; what was allocated stays so."""
-        os.close(self._descriptor)
+        """Let go of the file; what was allocated stays so. Idempotent."""
+        self._let_go()
 
     def _allocate(self, first: int, count: int) -> None:
         """Make blocks real. Raises OSError."""
