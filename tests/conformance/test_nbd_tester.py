@@ -65,7 +65,9 @@ def test_the_nbd_projects_handshake_test() -> None:
         run((running, []), "-h")
 
 
-@pytest.mark.parametrize("log", ["integrity-test.tr", "integrityhuge-test.tr"])
+@pytest.mark.parametrize(
+    "log", ["integrity-test.tr", pytest.param("integrityhuge-test.tr", marks=pytest.mark.deep)]
+)
 def test_the_nbd_projects_integrity_logs(served: tuple[Served, list[str]], log: str) -> None:
     """Recorded requests of a file system, and of up to 50 MB each, whose data are checked as they are read back."""
     run(served, "-i", "-t", str(program().parent / log))

@@ -80,7 +80,12 @@ def _prepared(model: Model, steps: list[Step]) -> list[Step]:
 
 
 @pytest.mark.parametrize(
-    ("block_bytes", "device_bytes"), [(64 << 10, 4 * MIB), (192 << 10, 12 * MIB), (1 << 20, 8 * MIB)]
+    ("block_bytes", "device_bytes"),
+    [
+        (192 << 10, 12 * MIB),
+        pytest.param(64 << 10, 4 * MIB, marks=pytest.mark.deep),  # as in the rounds below
+        pytest.param(1 << 20, 8 * MIB, marks=pytest.mark.deep),
+    ],
 )
 def test_the_kernel_reads_what_we_wrote_goes_on_and_gives_it_back(
     guest: Machine, tmp_path: Path, block_bytes: int, device_bytes: int
