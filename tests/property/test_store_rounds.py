@@ -25,6 +25,7 @@ def _run(work: Path, url: str, rounds: int, seed: int = 0) -> Rounds:
     return made
 
 
+@pytest.mark.deep
 def test_two_hosts_push_and_others_collect_as_processes(tmp_path: Path) -> None:
     _run(tmp_path, (tmp_path / "store").as_uri(), 2)
 
