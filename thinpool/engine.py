@@ -141,12 +141,17 @@ class Engine:
                 if self.journal is not None:
                     self.journal.discard()
         finally:
-            if self.journal is not None:
-                self.journal.close()
-            if self.margin is not None:
-                self.margin.close()
-            self.data.close()
-            self.metadata.close()
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Close the files and do nothing else: what is not committed stays in the journal, as after a kill."""
+        self.committer.stop()
+        if self.journal is not None:
+            self.journal.close()
+        if self.margin is not None:
+            self.margin.close()
+        self.data.close()
+        self.metadata.close()
 
     # --- the transaction ---
 

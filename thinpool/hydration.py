@@ -93,7 +93,7 @@ class BackgroundHydration:
         self._complete = complete
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self.failure: ThinPoolError | OSError | None = None
+        self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=f"hydrate {name}", daemon=True)
 
     def start(self) -> None:
@@ -125,13 +125,12 @@ class BackgroundHydration:
                 self._complete()
             except StoppedError:
                 return
-            except (ThinPoolError, OSError) as error:
+            except Exception as error:
+                # Whoever waits for the device hears of it in `failure`, also of what nobody foresaw.
                 if str(error) != str(self.failure):
-                    log.warning("fetching %r: %s", self._name, error)
+                    foreseen = isinstance(error, ThinPoolError | OSError)
+                    log.warning("fetching %r: %s", self._name, error, exc_info=None if foreseen else error)
                 self.failure = error
-            except Exception:
-                log.exception("fetching %r ended", self._name)
-                return
             else:
                 return
             patient = self._lazy.remote_blocks == before or isinstance(self.failure, StoreDamaged)

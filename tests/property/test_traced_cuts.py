@@ -122,18 +122,10 @@ def judge(path: Path, worlds: list[World | None]) -> None:
             }
             raise Violation(f"found {brief}, promised one of {worlds}")
     finally:
-        pool.engine.data.close()
+        pool.engine.let_go()  # as a kill does, but at once: there are thousands of these pools
         pool.catalog.close()
         for held in pool._held:
             held.close()
-        # Dropped as a kill drops it, but for the descriptors: there are thousands of these pools.
-        engine = pool.engine
-        engine.metadata.state.store.close()
-        if engine.margin is not None:
-            engine.margin.close()
-        if engine.journal is not None:
-            engine.journal._let_go()
-            engine.journal._witness.close()
     store = FileStore(location.metadata_path, writable=False)
     wrong = recount(store)
     store.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.store_source import FakeDevice, FakeSnapshot
+from thinpool import hydration
 from thinpool.catalog import CatalogEntry
 from thinpool.errors import (
     DeviceExists,
@@ -398,6 +399,29 @@ def test_who_pulls_again_is_not_told_of_what_failed_before(
         assert "missing" in pool.pull_state("copy")["failure"]
         (tmp_path / "pack").rename(pack)
         assert pool.begin_pull(request)["failure"] is None
+    finally:
+        pool.lazy.stop_background()
+
+
+def test_a_fetch_that_fails_as_nobody_foresaw_is_told_and_tried_again(
+    url: str, open_one: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`thinpool pull` on a served pool waits for one or the other; silence would keep it waiting for ever."""
+    pushed(url)
+    pool = open_one()
+    pool.lazy.start_background()
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(hydration, "hydrate", lambda *_, **__: {}["unforeseen"])
+            pool.begin_pull(PullRequest(url, "image", "copy"))
+            until = time.monotonic() + 20
+            while pool.pull_state("copy")["failure"] is None and time.monotonic() < until:
+                time.sleep(0.01)
+            assert "unforeseen" in pool.pull_state("copy")["failure"]
+        pool.begin_pull(PullRequest(url, "image", "copy"))
+        while not pool.pull_state("copy")["complete"] and time.monotonic() < until:
+            time.sleep(0.01)
+        assert pool.pull_state("copy")["complete"]
     finally:
         pool.lazy.stop_background()
 
