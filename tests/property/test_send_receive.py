@@ -10,7 +10,6 @@ import io
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,25 +56,6 @@ from thinpool.stream_format import HEADER_BYTES, RecordHeader, RecordKind
 
 MIB = 1 << 20
 BLOCKS = 24
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="thinpool-travel-", dir=WORK))
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def source(place: Path) -> Iterator[Pool]:
-    with new_pool(place / "source") as pool:
-        yield pool
-
-
-@pytest.fixture
-def target(place: Path) -> Iterator[Pool]:
-    with new_pool(place / "target") as pool:
-        yield pool
 
 
 EXTENT = st.tuples(

@@ -7,20 +7,15 @@ Whole streams, increments and the rests of resumed ones, packed and unpacked. Wh
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from tests.fakes.transfer_pools import (
-    WORK,
     allocation,
     boundaries,
     content,
-    new_pool,
     picture,
     records,
     stream_of,
@@ -34,25 +29,6 @@ from thinpool.stream_format import HEADER_BYTES, OPTIONAL, PREAMBLE_BYTES, Recor
 
 PACKED = pytest.mark.parametrize("level", [0, 1])
 BASE = pytest.mark.parametrize(("name", "base"), [("mon", None), ("tue", "mon")])
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="thinpool-travel-", dir=WORK))
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def source(place: Path) -> Iterator[Pool]:
-    with new_pool(place / "source") as pool:
-        yield pool
-
-
-@pytest.fixture
-def target(place: Path) -> Iterator[Pool]:
-    with new_pool(place / "target") as pool:
-        yield pool
 
 
 def cuts(stream: bytes) -> list[int]:
