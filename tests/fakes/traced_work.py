@@ -83,13 +83,14 @@ class Work:
         pool.close()
 
 
-def careless_sqlite(mode: str) -> None:
-    """The catalogue with another `synchronous` than it needs."""
+def careless_sqlite(*pragmas: str) -> None:
+    """The catalogue with other settings of SQLite than it needs."""
     connect = catalog._connect
 
     def careless(target: str) -> sqlite3.Connection:
         connection = connect(target)
-        connection.execute(f"PRAGMA synchronous={mode}")
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}")
         return connection
 
     catalog._connect = careless
@@ -101,8 +102,9 @@ def new_names_not_synced() -> None:
 
 
 MISTAKES = {
-    "synchronous-off": lambda: careless_sqlite("OFF"),
-    "synchronous-full": lambda: careless_sqlite("FULL"),
+    "synchronous-off": lambda: careless_sqlite("synchronous=OFF"),
+    # FULL leaves the deletion of a journal unsynced; as long as it is overwritten instead, nothing is to be synced.
+    "journal-deleted": lambda: careless_sqlite("journal_mode=DELETE", "synchronous=FULL"),
     "new-names-not-synced": new_names_not_synced,
 }
 
