@@ -347,9 +347,8 @@ class Witness:
         except BaseException:
             os.close(self._metadata)
             raise
-        self._let_go = weakref.finalize(
-            self, os.close, self._metadata
-        )  # also where a pool is dropped unclosed
+        # Also where a pool is dropped unclosed.
+        self._let_go = weakref.finalize(self, os.close, self._metadata)
 
     @staticmethod
     def _boot() -> str:

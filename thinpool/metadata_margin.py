@@ -50,9 +50,8 @@ class MetadataMargin:
     def __init__(self, path: Path, metadata: PoolMetadata, log: Log) -> None:
         """Raises OSError. The descriptor is our own: a commit that wants more must not have to open one."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._let_go = weakref.finalize(
-            self, os.close, self._descriptor
-        )  # also where a pool is dropped unclosed
+        # Also where a pool is dropped unclosed.
+        self._let_go = weakref.finalize(self, os.close, self._descriptor)
         self._metadata = metadata
         self._log = log
         self._secured = 0
