@@ -39,7 +39,7 @@ def hydrate(
 ) -> None:
     """Fetch everything; `attempts` a request, where the usual number is not wanted.
 
-    What was fetched is durable, and recorded, when this returns or raises.
+    What was fetched is durable, and recorded, when this returns; also when it raises, unless the pool gave up.
 
     Raises StoppedError, the store's errors, OSError (ENOSPC when the pool is full), and what a commit raises.
     """
@@ -68,9 +68,20 @@ def hydrate(
                     future.result()
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
-    finally:
+    except BaseException:
+        _record_what_there_is(lazy)
+        raise
+    if not lazy.closed:
+        lazy.checkpoint()
+
+
+def _record_what_there_is(lazy: LazyDevice) -> None:
+    """After an error, which is the one to be told; what is not recorded is fetched again."""
+    try:
         if not lazy.closed:
             lazy.checkpoint()
+    except (ThinPoolError, OSError) as second:
+        log.warning("what was fetched is not recorded: %s", second)
 
 
 def _windows(lazy: LazyDevice) -> Iterator[tuple[int, int]]:

@@ -98,6 +98,14 @@ def served_pool(size: str = "2G", *, options: tuple[str, ...] = ()) -> Iterator[
         shutil.rmtree(pool.work, ignore_errors=True)
 
 
+def _accepts(path: Path) -> bool:
+    """Whether somebody listens; the socket is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as one, contextlib.suppress(OSError):
+        one.connect(str(path))
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def serving(pool: list[str], directory: Path, *options: str) -> Iterator[Callable[[str], str]]:
     """Serve a bare pool, given by the options that name it, on a Unix socket; gives the URI of a device."""
@@ -107,7 +115,7 @@ def serving(pool: list[str], directory: Path, *options: str) -> Iterator[Callabl
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + START_SECONDS_MAX
-        while not sock.exists():
+        while not _accepts(sock):
             if server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the server did not start:\n{(directory / 'server.log').read_text()}")
             time.sleep(0.02)
