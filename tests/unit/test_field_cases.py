@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from statistics import median
 
 import numpy as np
 import pytest
 
-from metadata import FileStore, MetadataFull, PoolMetadata, recount
+from metadata import BLOCK_BYTES, FileStore, MetadataFull, PoolMetadata, recount
 from metadata.node import decode_node
 from tests.fakes.metadata_pools import contents, new_pool, packed, span
 from thinpool.errors import DeviceExists, PoolBusy, TooLittleFree
@@ -287,7 +288,11 @@ def test_snapshots_of_snapshots_of_snapshots(
         assert last.read_bytes(block * BLOCK, BLOCK) == stamp(newest)
     last.close()
     assert pool.status().data_used_bytes == 16 * BLOCK
-    assert max(costs) <= 2 * min(costs), "a snapshot writes more the longer the chain is"
+    # More devices make three trees (mappings, details, counts of metadata) a level taller: one node more on each path.
+    tenth = generations // 10
+    growth_bytes = median(costs[-tenth:]) - median(costs[:tenth])
+    assert growth_bytes <= 3 * BLOCK_BYTES, "a snapshot writes more the longer the chain is"
+    assert max(costs) <= 2 * median(costs), "some snapshots write more than paths and what splits on them"
 
 
 def test_one_of_many_makes_the_name(make: Callable[..., Pool]) -> None:
