@@ -49,7 +49,9 @@ def pytest_xdist_node_collection_finished(node: object, ids: list[str]) -> None:
     """Refuse to run groups apart: pytest-xdist writes the group behind the name, and some pytest may not take it."""
     apart = [name for name in ids if name.startswith("tests/guest/") and "@" not in name]
     if apart and node.config.getoption("dist") == "loadgroup":  # type: ignore[attr-defined]
-        pytest.exit(f"this pytest-xdist does not keep {apart[0]} with its group (another pytest?)", returncode=4)
+        pytest.exit(
+            f"this pytest-xdist does not keep {apart[0]} with its group (another pytest?)", returncode=4
+        )
 
 
 @pytest.hookimpl(wrapper=True)
