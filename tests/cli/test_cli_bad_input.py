@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.warm_thinpool import warm_thinpool
 
 
 def run(*arguments: str | bytes, pool: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -17,16 +18,9 @@ def run(*arguments: str | bytes, pool: Path | None = None) -> subprocess.Complet
     environment.pop("THINPOOL_POOL", None)
     if pool is not None:
         environment["THINPOOL_POOL"] = str(pool)
-    return subprocess.run(
-        [sys.executable, "-m", "thinpool", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="backslashreplace",
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    done = warm_thinpool(*arguments, environment=environment)
+    said, told = (stream.decode(errors="backslashreplace") for stream in (done.stdout, done.stderr))
+    return subprocess.CompletedProcess(done.args, done.returncode, said, told)
 
 
 def contents(directory: Path) -> dict[str, str]:

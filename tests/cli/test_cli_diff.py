@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.warm_thinpool import warm_thinpool
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool_location import PoolLocation
 
@@ -19,17 +18,9 @@ MIB = 1 << 20
 
 
 def thinpool(*arguments: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "thinpool", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    done = warm_thinpool(*map(str, arguments), environment={**os.environ, "PYTHONPATH": str(CHECKOUT)})
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if not code else done.stderr
+    return (done.stderr if code else done.stdout).decode()
 
 
 @pytest.fixture

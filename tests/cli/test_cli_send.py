@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.transfer_pools import WORK, content, discard, new_pool, write
+from tests.fakes.warm_thinpool import warm_thinpool
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool_location import PoolLocation
 
@@ -29,15 +30,7 @@ MIB = 1 << 20
 def thinpool(
     *arguments: object, code: int = 0, stdin: bytes | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run(
-        [*THINPOOL, *map(str, arguments)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        timeout=120,
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        check=False,
-    )
+    done = warm_thinpool(*map(str, arguments), environment=ENVIRONMENT, stdin=stdin or b"", timeout=120)
     assert done.returncode == code, done.stderr.decode()
     assert b"Traceback" not in done.stderr
     return done

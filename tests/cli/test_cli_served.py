@@ -5,29 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.warm_thinpool import warm_thinpool
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "thinpool", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    done = warm_thinpool(*arguments, environment={**os.environ, "PYTHONPATH": str(CHECKOUT)})
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if not code else done.stderr
+    return (done.stderr if code else done.stdout).decode()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.warm_thinpool import warm_thinpool
 from thinpool.pool_access import PoolAccess
 from thinpool.pool_location import PoolLocation
 
@@ -55,8 +56,24 @@ def require_loop_mounts() -> None:
 def run(*command: str | Path, check: bool = True, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     """Run a program without input; a failure shows its words."""
     words = [str(word) for word in command]
+    if words[:3] == [sys.executable, "-m", "thinpool"] and words[3] != "serve":
+        done = _warm(words[3:], timeout)
+    else:
+        done = _started(words, timeout)
+    if check and done.returncode != 0:
+        pytest.fail(f"{' '.join(words)}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def _warm(words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    done = warm_thinpool(*words, environment=ENVIRONMENT, timeout=timeout)
+    said, told = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
+    return subprocess.CompletedProcess(done.args, done.returncode, said, told)
+
+
+def _started(words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     # Another directory and PYTHONSAFEPATH: libnbd's Python module has the same name as our package.
-    done = subprocess.run(
+    return subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -66,9 +83,6 @@ def run(*command: str | Path, check: bool = True, timeout: float = 280) -> subpr
         timeout=timeout,
         check=False,
     )
-    if check and done.returncode != 0:
-        pytest.fail(f"{' '.join(words)}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
 
 
 class RunningPool:
