@@ -176,7 +176,7 @@ def test_component_volumes_are_opened_where_they_are(guest: Machine, tmp_path: P
     group.release()
 
 
-@pytest.mark.parametrize("wanted", ["one", "two"])
+@pytest.mark.parametrize("wanted", [pytest.param("one", marks=pytest.mark.deep), "two"])
 def test_two_pools_with_the_same_ids_are_told_apart(guest: Machine, tmp_path: Path, wanted: str):
     group = VolumeGroup(guest, tmp_path / "disk", 64 * MIB)
     group.create()

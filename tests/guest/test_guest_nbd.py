@@ -94,6 +94,7 @@ def _delete_when_idle(pool: ServedPool, device: str) -> None:
     pool.operate("delete", name=device)
 
 
+@pytest.mark.deep
 def test_four_connections_see_one_device(guest: Machine):
     """Requests of one file go out on all connections; a flush on one covers what was written on the others."""
     with served_pool() as pool:
@@ -213,6 +214,7 @@ def test_logical_blocks_of_4096_and_512_bytes(guest: Machine):
             assert f"\n{block_bytes}\n" in done.out
 
 
+@pytest.mark.deep
 def test_partitions(guest: Machine):
     with served_pool() as pool:
         pool.operate("create", name="disk", size_bytes=64 * MIB)

@@ -457,11 +457,11 @@ def _settings(examples: int) -> settings:
 
 
 TestMetadataMachine = MetadataMachine.TestCase
-TestMetadataMachine.settings = _settings(100)
+TestMetadataMachine.settings = _settings(80)
 
 TestJudgedMetadataMachine = pytest.mark.peer(
     pytest.mark.skipif(
         not (find_tool("thin_check") and find_tool("thin_dump")), reason="thin_check or thin_dump is missing"
     )(JudgedMetadataMachine.TestCase)
 )
-TestJudgedMetadataMachine.settings = _settings(60)
+TestJudgedMetadataMachine.settings = _settings(40)
