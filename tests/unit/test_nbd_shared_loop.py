@@ -317,7 +317,8 @@ def test_a_snapshot_that_waits_for_a_disk_makes_its_own_device_wait_only(
                     sleep(0.1)  # the loop has met the session that is held
                     for _ in range(20):
                         assert other.read(0, 512) == bytes(512)
-                    assert watched.turns > before + 20
+                    # The loop goes on, whichever thread it was that met the held device.
+                    assert watched.turns >= before + 20
                 assert held.reply_to(cookie).data == b"x" * 512
         finally:
             server.shutdown(1.0)
