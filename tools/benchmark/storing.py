@@ -23,6 +23,8 @@ from thinpool.store.manifests import Description, Manifest
 from thinpool.store.packs import PACK_BYTES, PACK_HEAD
 from thinpool.store.segments import Place, Segment
 
+from .filling import write
+
 MIB = 1 << 20
 IMAGE_BYTES = 10 << 30
 CHANGED_PARTS = 100
@@ -95,9 +97,7 @@ class Bench:
                 end = os.lseek(file.fileno(), offset, os.SEEK_HOLE)
                 while offset < end:
                     piece = os.pread(file.fileno(), min(MIB, end - offset), offset)
-                    session.enter()
-                    session.write(offset, memoryview(piece))
-                    session.leave()
+                    write(session, offset, piece)
                     data.write(piece)
                     offset += len(piece)
         session.close()
@@ -118,9 +118,7 @@ class Bench:
         session = pool.open_session(entry)
         chosen = chance.sample(blocks, len(blocks) // CHANGED_PARTS)
         for block in chosen:
-            session.enter()
-            session.write(block * pool.block_bytes + 4096, memoryview(chance.randbytes(4096)))
-            session.leave()
+            write(session, block * pool.block_bytes + 4096, chance.randbytes(4096))
         session.close()
         pool.create_snapshot("disk", name, read_only=True)
         pool.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool_location import PoolLocation
 
+from .filling import write
 from .machine import version_of
 from .report import table
 
@@ -74,18 +75,12 @@ class Trip:
         assert entry is not None
         session = opened.open_session(entry)
 
-        def write(offset: int, data: bytes) -> None:
-            session.enter()
-            session.write(offset, memoryview(data))
-            session.leave()
-            session.sent()
-
         with self.image.open("rb") as image:
             for offset in range(0, self.size_bytes, MIB):
-                write(offset, image.read(MIB))
+                write(session, offset, image.read(MIB))
         opened.create_snapshot("disk", "mon", read_only=True)
         for offset in range(0, self.size_bytes, 100 * BLOCK_BYTES):
-            write(offset, os.urandom(BLOCK_BYTES))
+            write(session, offset, os.urandom(BLOCK_BYTES))
         session.close()
         opened.create_snapshot("disk", "tue", read_only=True)
         opened.close()
