@@ -42,6 +42,20 @@ class DeviceSizes:
             require_promise(self._pool.settings, self._pool.status(), size_bytes - entry.size_bytes)
         self.set_size(entry, size_bytes)
 
+    def prepare_longer_copy(self, source: CatalogEntry, size_bytes: int) -> None:
+        """Before a device is snapshotted with a larger size than its own. Raises BadSize, DeviceIncomplete.
+
+        What its last block holds past its end would be seen in the snapshot.
+        """
+        if size_bytes == source.size_bytes:
+            return
+        check_device_size(size_bytes)
+        if size_bytes < source.size_bytes:
+            reason = f"is less than the {source.size_bytes} bytes of {source.name!r}; snapshot it, then resize --shrink"
+            raise BadSize(str(size_bytes), reason)
+        self._pool.lazy.require_whole(source)
+        self._clear_past_end(source)
+
     def set_size(self, entry: CatalogEntry, size_bytes: int) -> None:
         """Change a device's size, whoever it belongs to; one that gets shorter is idle."""
         if size_bytes < entry.size_bytes:

@@ -75,3 +75,18 @@ class NamedChanges:
         """Rows of the snapshots of `origin`, which is called `new_origin` from now on, or is gone."""
         entries = self._catalog.entries()
         return [Put(replace(entry, origin=new_origin)) for entry in entries if entry.origin == origin]
+
+    def exchanged(self, one: str, other: str) -> list[Put | Drop]:
+        """Rows in which two devices have each other's names, also where a row names one of them as its origin."""
+        names: dict[str | None, str] = {one: other, other: one}
+        return [
+            Put(
+                replace(
+                    entry,
+                    name=names.get(entry.name, entry.name),
+                    origin=names.get(entry.origin, entry.origin),
+                )
+            )
+            for entry in self._catalog.entries()
+            if entry.name in names or entry.origin in names
+        ]

@@ -51,15 +51,21 @@ class OperatedPool(Protocol):
         """Create an empty device."""
 
     def create_snapshot(
-        self, origin: str, name: str, *, read_only: bool = False, force: bool = False
+        self,
+        origin: str,
+        name: str,
+        *,
+        read_only: bool = False,
+        force: bool = False,
+        size_bytes: int | None = None,
     ) -> DeviceInfo:
         """Snapshot a device."""
 
     def delete(self, name: str) -> None:
         """Delete a device or snapshot."""
 
-    def rename(self, old: str, new: str) -> DeviceInfo:
-        """Rename a device."""
+    def rename(self, old: str, new: str, *, exchange: bool = False) -> DeviceInfo:
+        """Rename a device, or exchange two names."""
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> DeviceInfo:
         """Change the size of a device."""
@@ -151,7 +157,9 @@ def _create(pool: OperatedPool, given: Parameters) -> Result:
 
 def _snapshot(pool: OperatedPool, given: Parameters) -> Result:
     read_only, force = given.get("read_only", False), given.get("force", False)
-    made = pool.create_snapshot(given["origin"], given["name"], read_only=read_only, force=force)
+    made = pool.create_snapshot(
+        given["origin"], given["name"], read_only=read_only, force=force, size_bytes=given.get("size_bytes")
+    )
     return {"device": made.to_json()}
 
 
@@ -161,7 +169,8 @@ def _delete(pool: OperatedPool, given: Parameters) -> Result:
 
 
 def _rename(pool: OperatedPool, given: Parameters) -> Result:
-    return {"device": pool.rename(given["old"], given["new"]).to_json()}
+    renamed = pool.rename(given["old"], given["new"], exchange=given.get("exchange", False))
+    return {"device": renamed.to_json()}
 
 
 def _resize(pool: OperatedPool, given: Parameters) -> Result:
@@ -260,9 +269,12 @@ OPERATIONS: Mapping[str, Operation] = {
             "reservation_bytes": Parameter((int,), required=False),
         },
     ),
-    "snapshot": Operation(_snapshot, {"origin": TEXT, "name": TEXT, "read_only": FLAG, "force": FLAG}),
+    "snapshot": Operation(
+        _snapshot,
+        {"origin": TEXT, "name": TEXT, "read_only": FLAG, "force": FLAG, "size_bytes": OPTIONAL_SIZE},
+    ),
     "delete": Operation(_delete, {"name": TEXT}),
-    "rename": Operation(_rename, {"old": TEXT, "new": TEXT}),
+    "rename": Operation(_rename, {"old": TEXT, "new": TEXT, "exchange": FLAG}),
     "resize": Operation(_resize, {"name": TEXT, "size_bytes": SIZE, "shrink": FLAG}),
     "reserve": Operation(_reserve, {"name": TEXT, "reservation_bytes": SIZE}),
     "rollback": Operation(

@@ -186,18 +186,28 @@ class Pool:
             return entry
 
     def create_snapshot(
-        self, origin: str, name: str, *, read_only: bool = False, force: bool = False
+        self,
+        origin: str,
+        name: str,
+        *,
+        read_only: bool = False,
+        force: bool = False,
+        size_bytes: int | None = None,
     ) -> DeviceInfo:
         """Snapshot a device, in use or not. What was acknowledged before is in it; it never changes by itself.
 
+        `size_bytes`: a larger size than the origin's; what is beyond that reads zeros. Raises BadSize.
         `force` and what is raised: as `create_device`; ReservationNotCovered for the reservation of the origin.
         """
         with self.engine.transaction:
             source = self._entry(origin)
             self._new_name(name)
-            self._admit(source.size_bytes, force=force)
-            entry = CatalogEntry(self._new_id(), name, source.size_bytes, read_only, origin, time.time(), {})
-            content_id = source.content_id or new_identity()
+            size_bytes = source.size_bytes if size_bytes is None else size_bytes
+            self._admit(size_bytes, force=force)
+            self.sizes.prepare_longer_copy(source, size_bytes)
+            entry = CatalogEntry(self._new_id(), name, size_bytes, read_only, origin, time.time(), {})
+            same = source.content_id if size_bytes == source.size_bytes else None
+            content_id = same or new_identity()
             entry = replace(entry, content_id=content_id, made_in=self._metadata.transaction_id)
             entry, fork = self.lazy.forked(source, entry)
             with self.changes.step([Put(entry)]):
@@ -232,13 +242,20 @@ class Pool:
         with self.engine.changing_tree():
             self._metadata.delete_device(entry.device_id)
 
-    def rename(self, old: str, new: str) -> DeviceInfo:
-        """Rename a device; clients that have it open keep it."""
+    def rename(self, old: str, new: str, *, exchange: bool = False) -> DeviceInfo:
+        """Rename a device; clients that have it open keep it.
+
+        `exchange`: `new` is a device too, which is called `old` from the same instant on.
+        """
         with self.engine.transaction:
             self.engine.require_writable()
             entry = self._entry(old)
-            self._new_name(new)
-            self.catalog.apply([Put(replace(entry, name=new)), *self.changes.reparented(old, new)])
+            if exchange:
+                self._entry(new)
+                self.catalog.apply(self.changes.exchanged(old, new))
+            else:
+                self._new_name(new)
+                self.catalog.apply([Put(replace(entry, name=new)), *self.changes.reparented(old, new)])
             return self._done(new)
 
     def reserve(self, name: str, reservation_bytes: int) -> DeviceInfo:

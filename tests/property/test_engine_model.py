@@ -135,11 +135,15 @@ class EngineModel(RuleBasedStateMachine):
             assert {kind for _, kind in session.extents(offset, length)} == {1}
         self.compare(name, session)
 
-    @rule(target=names, origin=names, read_only=st.booleans())
-    def snapshot(self, origin: str, read_only: bool) -> str:
+    @rule(
+        target=names, origin=names, read_only=st.booleans(), more=st.sampled_from([0, 0, 0, 1, 512, 70_000])
+    )
+    def snapshot(self, origin: str, read_only: bool, more: int) -> str:
         name = self.fresh("snap")
-        self.pool.create_snapshot(origin, name, read_only=read_only)
-        self.oracle[name] = bytearray(self.oracle[origin])
+        size = len(self.oracle[origin]) + more
+        self.pool.create_snapshot(origin, name, read_only=read_only, size_bytes=size if more else None)
+        self.oracle[name] = self.oracle[origin] + bytes(more)
+        self.compare(name, self.session(name))
         if read_only:
             self.frozen.add(name)
         return name
@@ -174,6 +178,19 @@ class EngineModel(RuleBasedStateMachine):
             self.frozen.remove(name)
             self.frozen.add(new)
         return new
+
+    @rule(one=names, other=names)
+    def exchange(self, one: str, other: str) -> None:
+        traded = {one: other, other: one}
+        origins = {info.name: info.origin for info in self.pool.devices()}
+        self.pool.rename(one, other, exchange=True)
+        self.oracle = {traded.get(name, name): content for name, content in self.oracle.items()}
+        self.frozen = {traded.get(name, name) for name in self.frozen}
+        for info in self.pool.devices():
+            before = origins[traded.get(info.name, info.name)]
+            assert info.origin == (None if before is None else traded.get(before, before))
+        self.compare(one, self.session(one))
+        self.compare(other, self.session(other))
 
     @rule(name=names, change=st.integers(-300_000, 300_000))
     def resize(self, name: str, change: int) -> None:

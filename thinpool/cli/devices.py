@@ -139,23 +139,30 @@ def _row(device: Mapping[str, Any], *, exact: bool) -> list[str]:
 @click.command(
     "snapshot",
     epilog="\b\nExamples:\n  thinpool snapshot /srv/pool disk disk-monday --read-only\n"
-    "  thinpool snapshot /srv/pool disk-monday disk-test",
+    "  thinpool snapshot /srv/pool disk-monday disk-test --size 200G",
 )
 @click.option("--read-only", is_flag=True, help="Nobody may write to the snapshot.")
+@click.option("--size", type=SIZE, help="A larger size than the origin's; what is beyond that reads zeros.")
 @force_option
 @json_option
 @pool_command("ORIGIN", "NAME")
 def snapshot_command(
-    location: PoolLocation, *, origin: str, name: str, read_only: bool, force: bool, as_json: bool
+    location: PoolLocation,
+    *,
+    origin: str,
+    name: str,
+    read_only: bool,
+    size: int | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Snapshot a device, also while it is in use.
 
     Whatever was acknowledged to clients before is in it. A file system that is mounted is caught as by a power
     cut; `sync` (or fsfreeze) before makes it current.
     """
-    result = _operate(
-        location, "snapshot", {"origin": origin, "name": name, "read_only": read_only, "force": force}
-    )
+    given = {"origin": origin, "name": name, "read_only": read_only, "force": force, "size_bytes": size}
+    result = _operate(location, "snapshot", given)
     _report(result, f"snapshot {quoted(name)} of {quoted(origin)}", as_json=as_json)
 
 
@@ -174,13 +181,23 @@ def delete_command(location: PoolLocation, *, name: str, disconnect: bool, as_js
     _report(result, f"deleted {quoted(name)}", as_json=as_json)
 
 
-@click.command("rename", epilog="\b\nExample:\n  thinpool rename /srv/pool disk old-disk")
+@click.command(
+    "rename",
+    epilog="\b\nExamples:\n  thinpool rename /srv/pool disk old-disk\n"
+    "  thinpool rename /srv/pool disk-restored disk --exchange",
+)
+@click.option("--exchange", is_flag=True, help="NEW is a device too: the two trade names, at once.")
 @json_option
 @pool_command("OLD", "NEW")
-def rename_command(location: PoolLocation, *, old: str, new: str, as_json: bool) -> None:
-    """Rename a device. Clients that have it open keep it."""
-    result = _operate(location, "rename", {"old": old, "new": new})
-    _report(result, f"renamed {quoted(old)} to {quoted(new)}", as_json=as_json)
+def rename_command(location: PoolLocation, *, old: str, new: str, exchange: bool, as_json: bool) -> None:
+    """Rename a device. Clients that have it open keep it.
+
+    With --exchange what was received or restored beside a device takes its place, with no moment in which the name
+    is nobody's: whoever connects from then on gets the other one.
+    """
+    result = _operate(location, "rename", {"old": old, "new": new, "exchange": exchange})
+    said = f"exchanged the names of {quoted(old)} and {quoted(new)}"
+    _report(result, said if exchange else f"renamed {quoted(old)} to {quoted(new)}", as_json=as_json)
 
 
 @click.command("resize", epilog="\b\nExample:\n  thinpool resize /srv/pool disk --size 20G")
