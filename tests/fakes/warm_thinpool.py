@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import pkgutil
+import secrets
 import select
 import signal
 import socket
@@ -70,7 +71,7 @@ def _answer(asking: socket.socket, words: list[str], timeout: float) -> int:
 @cache
 def _warm_process() -> str:
     """The address of the process that forks; it ends with this one."""
-    address = f"thinpool-tests-{os.getpid()}"
+    address = f"thinpool-tests-{os.getpid()}-{secrets.token_hex(4)}"
     command = [sys.executable, "-P", "-m", SELF, address]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
