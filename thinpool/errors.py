@@ -69,6 +69,7 @@ from .service_errors import (
 )
 from .store_errors import (
     BadStoreUrl,
+    BaseNotStored,
     DeviceIncomplete,
     DeviceNotFrozen,
     NoSuchStoredSnapshot,
@@ -115,6 +116,7 @@ __all__ = [
     "BaseGone",
     "BaseMissing",
     "BaseNotFrozen",
+    "BaseNotStored",
     "CatalogDamaged",
     "CatalogFailed",
     "ContentGone",

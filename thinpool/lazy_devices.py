@@ -28,14 +28,15 @@ from .catalog import CatalogEntry, Put
 from .errors import DeviceExists, DeviceIncomplete, NoSuchDevice, PoolDamaged, StoreUnreachable, ThinPoolError
 from .hydration import BackgroundHydration
 from .lazy_device import LazyDevice
-from .remote_blocks import Origin, RemoteBlocks, remove_left_over
+from .pull_base import PullBase, begun_from_base, differing_blocks, find_base
+from .receiving_state import Wanted
+from .remote_blocks import TAG, Origin, RemoteBlocks, is_lazy, remove_left_over, untagged
 from .store.store import Store
 
 if TYPE_CHECKING:
     from .pool import Pool
     from .store.manifests import Manifest
 
-TAG = "remote"
 DIRECTORY = "remote"
 
 log = logging.getLogger("thinpool")
@@ -51,16 +52,7 @@ class PullRequest:
     lazy: bool = False
     read_only: bool = False
     key_file: str | None = None
-
-
-def is_lazy(entry: CatalogEntry) -> bool:
-    """Whether part of a device may still be in a store."""
-    return TAG in entry.tags
-
-
-def untagged(tags: dict[str, str]) -> dict[str, str]:
-    """The tags of a device that is all here."""
-    return {key: value for key, value in tags.items() if key != TAG}
+    base: str | None = None  # a device of the pool: what it shares with the snapshot is not fetched
 
 
 class LazyDevices:
@@ -135,9 +127,12 @@ class LazyDevices:
             if present.receiving is None and present.content_id == manifest.about.device:
                 return present
             raise DeviceExists(request.name)
+        base = None if request.base is None else find_base(self._pool, store, request.base)
         manifest, origin = _held(store, manifest, request)
         try:
-            return self._create(request, manifest, origin)
+            if base is None:
+                return self._create(request, manifest, origin)
+            return self._derive(request, manifest, origin, base, store)
         except BaseException:
             # Unless the device is there all the same: it goes on fetching what the hold keeps.
             if origin.hold and self._pool.catalog.by_name(request.name) is None:
@@ -175,16 +170,27 @@ class LazyDevices:
         with pool.engine.transaction:
             remote = RemoteBlocks.create(self._path(token), origin, bits)
             entry = pool.create_entry(
-                request.name,
-                about.size_bytes,
-                lambda entry: replace(
-                    entry,
-                    read_only=request.read_only,
-                    tags={TAG: token},
-                    content_id=about.device if request.read_only or not request.lazy else None,
-                    receiving=None if request.lazy else _receiving(request, manifest),
-                ),
+                request.name, about.size_bytes, lambda entry: _pulled(entry, request, manifest, token)
             )
+            self._opened(entry, remote)
+            return entry
+
+    def _derive(
+        self, request: PullRequest, manifest: Manifest, origin: Origin, base: PullBase, store: Store
+    ) -> CatalogEntry:
+        """As `_create`, beginning with what a device of the pool has already."""
+        pool, about = self._pool, manifest.about
+        bits = differing_blocks(store, base.manifest, manifest, pool.block_bytes)
+        wanted = Wanted(request.name, about.device, about.size_bytes, base.content_id, base.name)
+        pool._admit(about.size_bytes, force=False)
+        with begun_from_base(pool, wanted, bits) as hidden, pool.engine.transaction:
+            pool._new_name(request.name)
+            token = uuid.uuid4().hex
+            remote = RemoteBlocks.create(self._path(token), origin, bits)
+            present = pool.catalog.by_id(hidden.device_id) or hidden  # its base may have another name by now
+            entry = _pulled(replace(present, name=request.name), request, manifest, token)
+            pool.catalog.apply([Put(entry)])
+            pool.engine.forget(entry.device_id)
             self._opened(entry, remote)
             return entry
 
@@ -333,6 +339,17 @@ class LazyDevices:
             running.request_stop()
         for running in list(self._running.values()):
             running.stop()
+
+
+def _pulled(entry: CatalogEntry, request: PullRequest, manifest: Manifest, token: str) -> CatalogEntry:
+    """The row of a device that begins to be fetched."""
+    return replace(
+        entry,
+        read_only=request.read_only,
+        tags={TAG: token},
+        content_id=manifest.about.device if request.read_only or not request.lazy else None,
+        receiving=None if request.lazy else _receiving(request, manifest),
+    )
 
 
 def _receiving(request: PullRequest, manifest: Manifest) -> str:

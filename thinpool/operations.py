@@ -296,7 +296,7 @@ OPERATIONS: Mapping[str, Operation] = {
         {
             **dict.fromkeys(("url", "snapshot", "name"), TEXT),
             **dict.fromkeys(("lazy", "read_only"), FLAG),
-            "key_file": Parameter((str, type(None)), required=False),
+            **dict.fromkeys(("key_file", "base"), Parameter((str, type(None)), required=False)),
         },
     ),
     "pull-abort": Operation(_pull_abort, {"name": TEXT}),

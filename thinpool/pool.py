@@ -49,13 +49,14 @@ from .errors import (
     TooLittleFree,
 )
 from .growth import Growth
-from .lazy_devices import LazyDevices, PullRequest, is_lazy
+from .lazy_devices import LazyDevices, PullRequest
 from .metadata_readers import MetadataReaders
 from .named_changes import NamedChanges
 from .names import check_name
 from .pool_location import PoolLocation
 from .pool_settings import PoolSettings, checked
 from .receiving_state import token_of
+from .remote_blocks import is_lazy
 from .reserved_devices import ReservedDevices
 from .rollback import roll_back
 from .session import Session
@@ -440,6 +441,10 @@ class Pool:
         """Drop a device that was not pulled to its end. Raises NoSuchDevice, DeviceInUse, NotBeingPulled."""
         with self.engine.transaction:
             entry = self.catalog.by_name(name)
+            half = self.transfers.partial(name) if entry is None else None
+            if half is not None and not half[1].resumable:
+                self.transfers.abort(name)  # killed before it had its name
+                return
             if entry is None:
                 raise NoSuchDevice(name, str(self.location))
             if not is_lazy(entry):

@@ -19,9 +19,9 @@ from nbd.client import Client
 
 from .device_diff import all_pages
 from .errors import DeviceIncomplete, DeviceNotFrozen, NoSuchDevice, PoolNotServed, ServerUnreachable
-from .lazy_devices import is_lazy
 from .pool_access import PoolAccess, open_here
 from .pool_location import PoolLocation
+from .remote_blocks import is_lazy
 from .store.keys import CHUNK_BYTES
 from .store.source import Ranges
 

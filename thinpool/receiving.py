@@ -23,9 +23,9 @@ import zstandard
 
 from .common_bases import nearest
 from .errors import BaseMissing, NoSpace, NotReceiving, ResumeMismatch, StreamDamaged
+from .receiving_state import Wanted
 from .stream_format import Begin, RecordFlag, RecordKind
 from .stream_reader import ReadInto, Record, StreamReader, read_ahead
-from .transfers import Wanted
 
 if TYPE_CHECKING:
     from .catalog_rows import CatalogEntry

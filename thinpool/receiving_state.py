@@ -27,6 +27,22 @@ NO_BASE = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """A device that is about to arrive: its name here, its content, and the base it is an increment on.
+
+    `base_name` is the base's name where it comes from. Its content is what is looked for; the name tells of several.
+    """
+
+    name: str
+    content_id: str
+    size_bytes: int
+    base_content_id: str | None = None
+    base_name: str = ""
+    read_only: bool = True
+    resumable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ReceivingState:
     """What is being received, and what is there of it: everything below `position_bytes`, durably.
 

@@ -30,11 +30,24 @@ from pathlib import Path
 
 from bitarray import bitarray
 
+from .catalog_rows import CatalogEntry
 from .errors import PoolDamaged
 
 HEADER_BYTES = 4096
 READ_BYTES = 1 << 20
 FORMAT = "thinpool remote blocks 1"
+# The tag of a device that has such a file, with the file's name.
+TAG = "remote"
+
+
+def is_lazy(entry: CatalogEntry) -> bool:
+    """Whether part of a device may still be in a store."""
+    return TAG in entry.tags
+
+
+def untagged(tags: dict[str, str]) -> dict[str, str]:
+    """The tags of a device that is all here."""
+    return {key: value for key, value in tags.items() if key != TAG}
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,26 @@ class NoSuchStoredSnapshot(ThinPoolError):
 
 
 @leaf(ExitCode.CONFLICT)
+class BaseNotStored(ThinPoolError):
+    """A pull cannot leave out what a device of the pool has: the store does not know that content."""
+
+    name: str
+    url: str
+    changed: bool = False
+
+    def __str__(self) -> str:
+        if self.changed:
+            return (
+                f"{quoted(self.name)} may have changed since it was pulled, received or snapshotted, so it is no base; "
+                "name a read-only snapshot; nothing was changed"
+            )
+        return (
+            f"no snapshot in the store {escaped(self.url)} has the content of {quoted(self.name)}; pull without "
+            "--base, or name a snapshot that pool and store both have; nothing was changed"
+        )
+
+
+@leaf(ExitCode.CONFLICT)
 class StoredSnapshotExists(ThinPoolError):
     """The store holds another snapshot of that name."""
 

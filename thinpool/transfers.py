@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .catalog_rows import CatalogEntry, Drop, Put
@@ -31,9 +31,9 @@ from .errors import (
     PartlyReceived,
     TargetDiverged,
 )
-from .lazy_devices import is_lazy
 from .names import check_name
-from .receiving_state import ReceivingState
+from .receiving_state import ReceivingState, Wanted
+from .remote_blocks import is_lazy
 from .rollback import replace_tree
 
 if TYPE_CHECKING:
@@ -48,22 +48,6 @@ TEMPORARY_TAG = "temporary"
 def is_temporary(entry: CatalogEntry) -> bool:
     """Whether a device is there only for as long as it is sent."""
     return TEMPORARY_TAG in entry.tags
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A device that is about to arrive: its name here, its content, and the base it is an increment on.
-
-    `base_name` is the base's name where it comes from; it is only told, never looked for.
-    """
-
-    name: str
-    content_id: str
-    size_bytes: int
-    base_content_id: str | None = None
-    base_name: str = ""
-    read_only: bool = True
-    resumable: bool = False
 
 
 class Transfers:
@@ -161,8 +145,10 @@ class Transfers:
             if entry.content_id == wanted.base_content_id and entry.receiving is None
         ]
         if holders:
-            # One that is all here is as good as any other, whatever else is still being fetched.
-            holder = next((entry for entry in reversed(holders) if not is_lazy(entry)), holders[-1])
+            # One that is all here is as good as any other, whatever else is being fetched; the namesake is better.
+            holder = max(
+                reversed(holders), key=lambda entry: (not is_lazy(entry), entry.name == wanted.base_name)
+            )
             self._pool.lazy.require_whole(holder)
             return holder
         self._refuse_diverged(wanted)

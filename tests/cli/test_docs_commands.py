@@ -6,6 +6,7 @@ lines that need what no test has: a token of an earlier run, LVM's metadata, an 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -96,5 +97,10 @@ def test_object_storage(shell: Callable[[str], str]) -> None:
     listed = shell(trip)
     assert "disk-monday" in listed
     assert "no faults" in listed
+    arrived = json.loads(shell("thinpool list /srv/other --json"))["devices"]
+    assert {device["name"]: device["origin"] for device in arrived} == {
+        "disk-monday": None,
+        "disk-tuesday": "disk-monday",
+    }
     shell("thinpool push /srv/pool disk-monday s3://bucket/fleet")
     shell(repair)

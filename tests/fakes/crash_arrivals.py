@@ -18,10 +18,10 @@ from tests.fakes.crash_oracle import DeviceModel, Stage
 from tests.fakes.disk_history import Contents, Image
 from thinpool.catalog import CatalogEntry
 from thinpool.errors import PoolDamaged
-from thinpool.lazy_devices import DIRECTORY, TAG, is_lazy
+from thinpool.lazy_devices import DIRECTORY
 from thinpool.pool import Pool
 from thinpool.receiving_state import ReceivingState
-from thinpool.remote_blocks import RemoteBlocks
+from thinpool.remote_blocks import TAG, RemoteBlocks, is_lazy
 
 if TYPE_CHECKING:
     from tests.fakes.simulated_disk import SimulatedDisk

@@ -57,9 +57,10 @@ from thinpool.errors import (
     TooLittleFree,
 )
 from thinpool.lazy_device import LazyDevice
-from thinpool.lazy_devices import PullRequest, is_lazy
+from thinpool.lazy_devices import PullRequest
 from thinpool.receiving import ReceiveOptions, receive
 from thinpool.receiving_state import ReceivingState
+from thinpool.remote_blocks import is_lazy
 from thinpool.store import store as store_module
 from thinpool.store.objects import Objects
 from thinpool.transfers import HIDDEN_SUFFIX, Transfers

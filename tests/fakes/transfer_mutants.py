@@ -13,9 +13,10 @@ from thinpool import hydration
 from thinpool.catalog import Put
 from thinpool.engine import Engine
 from thinpool.lazy_device import LazyDevice
-from thinpool.lazy_devices import LazyDevices, untagged
+from thinpool.lazy_devices import LazyDevices
 from thinpool.pool import Pool
 from thinpool.receiving import _Receiving
+from thinpool.remote_blocks import untagged
 from thinpool.transfers import Transfers
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ from tests.fakes.store_source import restored
 from tests.fakes.travel_hosts import Host, chunks_of, watched_source
 from tests.fakes.travel_streams import travel
 from thinpool.errors import (
+    BaseNotStored,
     DeviceIncomplete,
     DeviceReceiving,
     ThinPoolError,
 )
 from thinpool.lazy_devices import PullRequest
+from thinpool.remote_blocks import is_lazy
 from thinpool.store.collecting import collect
 from thinpool.store.fetching import SnapshotReader
 from thinpool.store.keys import CHUNK_BYTES
@@ -84,6 +87,7 @@ class TravelHistory(DeviceLives):
             for number in range(2)
         ]
         self.stored: dict[str, ModelDevice] = {}
+        self._bases: dict[str, str] = {}
         self.log: list[str] = []
 
     # --- running ---
@@ -243,9 +247,44 @@ class TravelHistory(DeviceLives):
         key = None if self.place.secret is None else str(self._key)
         return PullRequest(self.place.url, stored, name, lazy=lazy, read_only=read_only, key_file=key)
 
+    def _begin_pull(self, host: Host, request: PullRequest) -> PullRequest:
+        """On a base where there may be one: any device whose content is known, which the store may know or not."""
+        known = [
+            entry.name for entry in host.pool.catalog.entries() if entry.content_id and not is_lazy(entry)
+        ]
+        base = self._one_of(known) if self.chance.random() < 0.6 else None
+        try:
+            host.pool.begin_pull(replace(request, base=base))
+        except BaseNotStored:
+            host.pool.begin_pull(request)
+            return request
+        if base is not None:
+            self.counts["pulls on a base"] += 1
+            self._bases[request.name] = base
+        return replace(request, base=base)
+
+    def _pulled(self, host: Host, stored: str, name: str) -> ModelDevice:
+        """What a pulled device must be.
+
+        Zeros that did not change since the base are a hole or allocated as they are in the base, which may have another
+        opinion of it than the store: one content in pools of different block sizes.
+        """
+        model = ModelDevice.pulled(self.stored[stored], host.block_bytes)
+        base = host.models.get(self._bases.pop(name, ""))
+        if base is not None:
+            missing, mapped = host.missing(name), host.mapped(name)
+            for number in (set(model.blocks) | set(base.blocks)) - missing:
+                if number * model.block_bytes < min(model.size_bytes, base.size_bytes) and not any(
+                    any(one.blocks.get(number, b"")) for one in (model, base)
+                ):
+                    model.blocks.pop(number, None)
+                    if number in mapped:
+                        model.blocks[number] = bytearray(model.block_bytes)
+        return model
+
     def _pull_whole(self, host: Host, stored: str, name: str) -> None:
         request = self._request(stored, name, lazy=False, read_only=self.chance.random() < 0.7)
-        host.pool.begin_pull(request)
+        request = self._begin_pull(host, request)
         entry = host.entry(name)
         if not self.background:
             with pytest.raises(DeviceReceiving):
@@ -253,7 +292,7 @@ class TravelHistory(DeviceLives):
         host.hydrate(name, 1)
         host.pool.begin_pull(request)
         assert host.hydrate(name)
-        host.models[name] = ModelDevice.pulled(self.stored[stored], host.block_bytes)
+        host.models[name] = self._pulled(host, stored, name)
         host.check(name)
 
     def _pull(self, host: Host) -> str | None:
@@ -282,8 +321,8 @@ class TravelHistory(DeviceLives):
         if stored is None or self.place.is_away or len(host.models) >= DEVICES_MAX:
             return None
         name = self._new_name("z")
-        host.pool.begin_pull(self._request(stored, name, lazy=True, read_only=self.chance.random() < 0.3))
-        host.models[name] = ModelDevice.pulled(self.stored[stored], host.block_bytes)
+        self._begin_pull(host, self._request(stored, name, lazy=True, read_only=self.chance.random() < 0.3))
+        host.models[name] = self._pulled(host, stored, name)
         host.check(name)
         return f"{stored} as {name}"
 

@@ -19,11 +19,11 @@ from tests.fakes.transfer_pools import session_on
 from thinpool.catalog import CatalogEntry
 from thinpool.extents import HOLE
 from thinpool.hydration import StoppedError, hydrate
-from thinpool.lazy_devices import is_lazy
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
 from thinpool.push_source import OpenPoolSource
+from thinpool.remote_blocks import is_lazy
 from thinpool.session import Session
 from thinpool.store.known_chunks import KnownChunks
 

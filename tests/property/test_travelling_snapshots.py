@@ -59,7 +59,13 @@ def run(work: Path, seeds: Iterable[int], steps: int, *, lazily: bool) -> Counte
 
 def test_histories_through_a_store(work: Path) -> None:
     counts = run(work, SEEDS, 60, lazily=False)
-    assert min(counts[kind] for kind in ("push", "increments", "collect", "pull", "send", "kill")) > 3
+    assert (
+        min(
+            counts[kind]
+            for kind in ("push", "increments", "collect", "pull", "send", "kill", "pulls on a base")
+        )
+        > 3
+    )
 
 
 def test_histories_of_lazy_devices(work: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.store_source import FakeDevice, FakeSnapshot
+from tests.fakes.pulled_pools import (
+    MIB,
+    complete,
+    content,
+    entry_of,
+    is_equal,
+    mapped_blocks,
+    opening_one,
+    pushed,
+)
 from thinpool import hydration
-from thinpool.catalog import CatalogEntry
 from thinpool.errors import (
     DeviceExists,
     DeviceIncomplete,
@@ -22,12 +29,11 @@ from thinpool.errors import (
     StoreDamaged,
 )
 from thinpool.hydration import StoppedError, hydrate
-from thinpool.lazy_devices import TAG, PullRequest
-from thinpool.opening import create_pool, open_pool
+from thinpool.lazy_devices import PullRequest
 from thinpool.pool import Pool
 from thinpool.pool_location import PoolLocation
 from thinpool.push_source import push_source
-from thinpool.session import Session
+from thinpool.remote_blocks import TAG
 from thinpool.store.collecting import collect
 from thinpool.store.keys import CHUNK_BYTES
 from thinpool.store.known_chunks import KnownChunks
@@ -35,8 +41,6 @@ from thinpool.store.pushing import Push
 from thinpool.store.store import Store
 
 pytest.importorskip("obstore", reason="needs the package obstore")
-
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -46,61 +50,8 @@ def url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def open_one(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
-    """A function that makes or opens the pool; whatever is open at the end is closed."""
-    opened: list[Pool] = []
-
-    def open_one(block_bytes: int = CHUNK_BYTES) -> Pool:
-        directory = tmp_path / "pool"
-        if not directory.exists():
-            create_pool(directory, size_bytes=256 * MIB, block_bytes=block_bytes)
-        opened.append(open_pool(PoolLocation.directory(directory)))
-        return opened[-1]
-
-    yield open_one
-    for pool in opened:
-        pool.close()
-
-
-def pushed(url: str, name: str = "image") -> FakeSnapshot:
-    """A device of 130 MiB and a bit with data, allocated zeros and holes."""
-    store = Store.open(url, create=True)
-    device = FakeDevice(130 * MIB + 4096)
-    for block in (*range(40), *range(1020, 1030), *range(2000, 2100, 3), 2080):
-        device.write(block, secrets.token_bytes(24))
-    device.write(50, b"\0")
-    snapshot = device.snapshot()
-    Push(store, snapshot, name, KnownChunks(None)).run()
-    return snapshot
-
-
-def entry_of(pool: Pool, name: str) -> CatalogEntry:
-    entry = pool.catalog.by_name(name)
-    assert entry is not None
-    return entry
-
-
-def content(session: Session, offset: int, length: int) -> bytes:
-    return bytes(session.read_bytes(offset, length))
-
-
-def is_equal(session: Session, snapshot: FakeSnapshot) -> bool:
-    return all(
-        content(session, at, min(MIB, snapshot.size_bytes - at))
-        == snapshot.content(at, min(MIB, snapshot.size_bytes - at))
-        for at in range(0, snapshot.size_bytes, MIB)
-    )
-
-
-def mapped_blocks(pool: Pool, name: str) -> set[int]:
-    found = pool.engine.metadata.mappings(entry_of(pool, name).device_id, 0, 1 << 40)
-    return {int(key) for keys, _ in found for key in keys}
-
-
-def complete(pool: Pool, name: str) -> None:
-    lazy = pool.lazy.of(entry_of(pool, name))
-    assert lazy is not None
-    hydrate(lazy, threading.Event())
-    pool.lazy.complete(entry_of(pool, name))
+    with opening_one(tmp_path / "pool") as open_one:
+        yield open_one
 
 
 @pytest.mark.parametrize("block_bytes", [CHUNK_BYTES, 3 * CHUNK_BYTES, MIB])

@@ -31,11 +31,15 @@ POLL_SECONDS = 0.2
 @click.command(
     "pull",
     epilog="\b\nExamples:\n  thinpool pull s3://bucket/fleet /srv/pool disk --snapshot disk-monday\n"
+    "  thinpool pull s3://bucket/fleet /srv/pool disk-tuesday --base disk-monday --read-only\n"
     "  thinpool pull s3://bucket/images /srv/pool debian-12 --lazy --read-only\n"
     "  thinpool pull s3://bucket/fleet /srv/pool disk --abort",
 )
 @click.argument("url", metavar="URL")
 @click.option("--snapshot", metavar="STORED", help="Its name in the store; otherwise NAME.")
+@click.option(
+    "-i", "--base", metavar="DEVICE", help="Fetch only what this snapshot in the pool does not have."
+)
 @click.option("--lazy", is_flag=True, help="Make the device usable at once, and fetch while it is used.")
 @click.option(
     "--read-only", is_flag=True, help="Nobody may write to the device; it may be a base of later pushes."
@@ -50,6 +54,7 @@ def pull_command(
     url: str,
     name: str,
     snapshot: str | None,
+    base: str | None,
     lazy: bool,
     read_only: bool,
     abort: bool,
@@ -60,6 +65,9 @@ def pull_command(
 
     Every chunk is proven to be what was pushed. The device appears when it is complete; interrupted, the same command
     goes on. The pool may have another block size than the one the snapshot came from.
+
+    With --base the device begins as a snapshot of one that was pulled, received or pushed before, under whatever name,
+    and shares with it all that did not change. The store must still have that snapshot too.
 
     With --lazy the device is there at once. Blocks are fetched when they are first read, and all others in the
     background by the server of the pool, also after a restart; what is there stays readable when the store goes away,
@@ -82,6 +90,7 @@ def pull_command(
         lazy=lazy,
         read_only=read_only,
         key_file=None if key_file is None else str(key_file.absolute()),
+        base=base,
     )
     try:
         access.server()
