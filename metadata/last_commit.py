@@ -15,7 +15,7 @@ from .layout import SUPERBLOCK_LOCATION, SUPERBLOCK_MAGIC, SUPERBLOCK_VERSION
 from .node_batch import read_nodes
 from .store import BlockStore
 from .superblock import SpaceMapRoot, Superblock
-from .walk import salvage
+from .walk import listed_roots, salvage
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def doubt_superblock(source: BlockStore, superblock: Superblock) -> LastCommit |
     They will not do where both are damaged, or where they were overwritten by a later commit that is whole: the
     superblock itself is then an old one.
     """
-    ids, roots, all_roots = salvage(source, 8, superblock.mapping_root)
+    ids, roots, all_roots = listed_roots(source, superblock.mapping_root)
     record_ids, _, all_records = salvage(source, 24, superblock.details_root)
     agree = all_roots and all_records and ids.tolist() == record_ids.tolist()
     if agree and not read_nodes(source, roots, 8).damaged:

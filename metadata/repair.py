@@ -30,12 +30,12 @@ from .layout import (
 from .lost_nodes import LostNodes
 from .mend import set_times_right
 from .pool_build import BuildReport, PoolBuilder, PoolFields
-from .problems import Fault, Severity
+from .problems import Fault
 from .recount import recount
 from .store import BlockStore
 from .superblock import Superblock, read_superblock
 from .tree_salvage import Substitutes, TreeSalvage
-from .walk import salvage
+from .walk import listed_roots, salvage
 
 _TIME_MASK = np.uint64(TIME_LIMIT - 1)
 
@@ -221,7 +221,7 @@ class _Repair:
             del self._devices[device]
 
     def _list_by(self, superblock: Superblock) -> None:
-        ids, roots, all_roots = salvage(self._source, 8, superblock.mapping_root)
+        ids, roots, all_roots = listed_roots(self._source, superblock.mapping_root)
         record_ids, records, all_records = salvage(self._source, 24, superblock.details_root)
         if not all_roots:
             self._remarks.append("the tree that lists the devices' mappings is damaged")
@@ -253,7 +253,11 @@ class _Repair:
             for number, device in self._devices.items()
             if device.root is None and device.record is not None
         }
-        complete = salvage(self._source, 8, superblock.mapping_root)[2] and not self._roots_were_named
+        complete = listed_roots(self._source, superblock.mapping_root)[2] and not self._roots_were_named
+        # Records that cannot all be read do not tell of an entry that the list has lost.
+        complete = complete and (
+            salvage(self._source, 24, superblock.details_root)[2] or self._found is not None
+        )
         if wanted or not complete:
             self._adopt_roots(lost, wanted)
         self._replace_stale_roots(lost)
@@ -308,11 +312,12 @@ class _Repair:
         """Whether mappings and the data space map agree; where not, a node may be older than the pool.
 
         Blocks that are named oftener than counted cast doubt on who names them, any disagreement on devices that no
-        record confirms.
+        record confirms: also one of the metadata's map, for a node that lost a child others share leaves the data's
+        counts as they are.
         """
         problems = recount(self._source)
         wrong = [problem for problem in problems if problem.place.structure.startswith("data space map")]
-        self._confirmed = not any(problem.severity > Severity.HINT for problem in wrong)
+        self._confirmed = not any("space map" in problem.place.structure for problem in problems)
         low = [
             np.arange(problem.first, problem.first + problem.count, dtype=np.uint64)
             for problem in wrong

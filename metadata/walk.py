@@ -110,6 +110,16 @@ def salvage(store: BlockStore, value_bytes: int, root: int) -> tuple[U64Array, V
     return unique, all_values[first], complete and len(unique) == len(all_keys)
 
 
+def listed_roots(store: BlockStore, root: int) -> tuple[U64Array, U64Array, bool]:
+    """Devices and roots of the list at `root`, as `salvage` gives them.
+
+    A root that is no block of the metadata says that a leaf is none of this list: one of mappings looks the same.
+    """
+    ids, roots, complete = salvage(store, 8, root)
+    possible = (roots > 0) & (roots < store.size_blocks())
+    return ids[possible], roots[possible], complete and bool(possible.all())
+
+
 def _array(location: int) -> U64Array:
     return np.array([location], np.uint64)
 

@@ -40,10 +40,21 @@ def space_map_blocks(image: Image) -> None:
         image.put(location, bytes(4096))
 
 
+def mappings_for_roots(image: Image) -> None:
+    """A leaf of mappings, sound by itself, where the list of roots was."""
+    leaf = image.node(image.leaves(image.root_of(1))[0])
+    image.set_node(image.superblock.mapping_root, keys=leaf.keys, values=leaf.values)
+
+
+def no_records(image: Image) -> None:
+    image.put(image.superblock.details_root, bytes(4096))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda _: None,
+        mappings_for_roots,
         space_map_blocks,
         zero(lambda image: image.root_of(1)),
         zero(lambda image: image.root_of(2)),
@@ -53,6 +64,7 @@ def space_map_blocks(image: Image) -> None:
     ],
     ids=[
         "nothing",
+        "mappings for roots",
         "space maps",
         "root of 1",
         "root of 2",
@@ -84,6 +96,35 @@ def test_records_are_made_anew():
     mapped = [line for line in WHOLE.splitlines() if "_mapping" in line]
     assert [line for line in text.splitlines() if "_mapping" in line] == mapped
     assert any("record" in remark for remark in report.remarks)
+
+
+def test_without_records_nothing_is_called_complete_that_lost_a_child_others_have():
+    """The data's counts stay as they are; the metadata's tell."""
+
+    def cut(image: Image) -> None:
+        no_records(image)
+        root = image.node(image.root_of(2))
+        image.set_node(image.root_of(2), keys=root.keys[:-1], values=root.values[:-1])
+
+    whole, _ = repaired(no_records)
+    assert whole.lossless
+    report, _ = repaired(cut)
+    assert not report.lossless
+    assert outcomes(report)[2] is Outcome.SUSPECT
+
+
+def test_without_records_a_device_that_the_list_lost_comes_back():
+    def cut(image: Image) -> None:
+        no_records(image)
+        listed = image.node(image.superblock.mapping_root)
+        kept = listed.keys != 3
+        image.set_node(image.superblock.mapping_root, keys=listed.keys[kept], values=listed.values[kept])
+
+    whole, _ = repaired(no_records)
+    report, _ = repaired(cut)
+    mapped = sorted(each.mapped_blocks for each in whole.devices)
+    assert sorted(each.mapped_blocks for each in report.devices) == mapped
+    assert not report.lossless
 
 
 def test_a_record_that_is_older_than_the_snapshots_is_not_carried_over():
