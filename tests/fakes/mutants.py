@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant(
         noted_with_an_old_row,
         "notes progress with a row from before its base was renamed",
-        20_000,
+        75_000,
         first_seed=4,
         kind=TRANSFERS,
     ),
