@@ -128,7 +128,7 @@ def test_the_kernel_reads_what_we_wrote_goes_on_and_gives_it_back(
     exchange.ours(_prepared(exchange.model, [Write(8, 4096, 0, 4096), Delete(7), Snapshot(9, 8)]))
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(10, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.deep)])
 def test_rounds_of_random_work_on_both_sides(guest: Machine, tmp_path: Path, rounds: int):
     exchange = Exchange(guest, tmp_path / "pool", 64 << 10, 4 * MIB)
     rng = random.Random(5)

@@ -125,6 +125,7 @@ def _netlink(verb: str, pool: ServedPool) -> str:
     return f"PYTHONPATH={CHECKOUT} {sys.executable} {script} {verb} 0 nbd://{HOST}:{pool.port}/disk\n"
 
 
+@pytest.mark.deep
 def test_writes_go_on_when_the_server_was_killed_and_came_back(guest: Machine):
     """The driver waits for a new socket and sends again what was not answered: the file system notices nothing.
 

@@ -36,7 +36,7 @@ def test_a_slice_of_the_search(seed: int) -> None:
     Search(SLICE).seed(seed, steps=50)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_slice_with_several_at_work(seed: int) -> None:
     Search(SLICE).seed(seed, steps=40, kind=ScenarioKind(threads=True))
 

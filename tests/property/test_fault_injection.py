@@ -30,7 +30,7 @@ from thinpool.mapping_journal import MappingJournal
 from thinpool.opening import create_pool, open_pool
 from thinpool.pool_location import PoolLocation
 
-SEEDS = tuple(range(int(os.environ.get("THINPOOL_FAULT_SEEDS", "6"))))
+SEEDS = tuple(range(int(os.environ.get("THINPOOL_FAULT_SEEDS", "4"))))
 SHARDS = 4
 
 

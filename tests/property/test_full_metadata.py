@@ -20,7 +20,7 @@ from thinpool.pool import Pool
 
 BLOCK = 65536
 DEVICE_BLOCKS = 60_000
-SEEDS = range(int(os.environ.get("THINPOOL_FULL_SEEDS", "6")))
+SEEDS = range(int(os.environ.get("THINPOOL_FULL_SEEDS", "4")))
 
 
 class History:
